@@ -1,0 +1,1935 @@
+#!/usr/bin/env python3
+"""A WSGI server in one file: every connection is served by a process of its own, forked one ahead.
+
+    python3 webserver.py                      a page that shows what an application sees, on 127.0.0.1:8000
+    python3 webserver.py module:app           the application `app` of `module`; `module:factory()` calls a factory
+    python3 webserver.py --help               the options
+
+It needs CPython 3.8 or later on a POSIX system, and no package. It writes nothing to disk and runs as any user,
+also as PID 1 of a container. A request that crashes, hangs or exits takes down its own connection and no other.
+
+How to read it. The file has two halves that meet in one line of `serve`, where one callable is handed over. The upper
+half (sections 2 to 9) knows HTTP and WSGI and never heard of fork; the lower half (section 10) knows processes and
+never heard of HTTP. Each unfolds in the order of a life, the headline function of a section first:
+
+    bytes -> Stream -> Request -> environ -> application -> Response -> bytes       the life of a request
+    bind -> fork -> accept -> serve -> exit -> reap                                 the life of a process
+
+`grep '^# ----' webserver.py` prints the table of contents.
+
+What it refuses to be: HTTP/2, WebSocket, ASGI, a server of static files, a daemon, Windows (which has no fork). The
+first and the fourth are the work of a proxy in front.
+
+Sources, cited where a rule is enforced: RFC 9110 (HTTP semantics), RFC 9112 (HTTP/1.1), RFC 3986 (URI), PEP 3333
+(WSGI), and the man pages waitpid(2), signal(7), socket(7), tcp(7), sd_listen_fds(3) and sd_notify(3).
+"""
+
+# ---- 1. Imports -------------------------------------------------------------
+# Only what every process needs: what is imported here is copied by every fork. The rest is imported where it is used.
+from __future__ import annotations
+
+import argparse
+import atexit
+import errno
+import gc
+import io
+import mmap
+import os
+import re
+import select
+import signal
+import socket
+import stat
+import struct
+import sys
+import time
+from functools import lru_cache, partial
+from itertools import count
+from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, NoReturn
+from urllib.parse import unquote_to_bytes
+
+__version__ = "1.0"
+PRODUCT = "webserver.py/" + __version__
+
+Environ = Dict[str, Any]
+StartResponse = Callable[..., Callable[[bytes], None]]
+Application = Callable[[Environ, StartResponse], Iterable[bytes]]
+
+
+# ---- 2. Limits --------------------------------------------------------------
+# Every limit and deadline that no option sets, with its reason and the status that answers an excess. Sizes are in
+# bytes, times in seconds.
+
+MAX_REQUEST_LINE = 8190  # 414; as Apache's LimitRequestLine. RFC 9112 §3 asks for 8000 at least
+MAX_FIELD_LINE = 8190  # 431; as Apache's LimitRequestFieldSize
+MAX_FIELDS = 100  # 431; as Apache's LimitRequestFields; the same for a trailer section
+MAX_HEAD = 65536  # 431; the request-line and all field lines together
+MAX_CHUNK_LINE = 4096  # 400; a chunk-size with its extensions
+MAX_CHUNK_EXTENSIONS = 16384  # 400; of all chunks together: else 1 byte of data could cost 4096 to parse
+MAX_COLLECTED = 1 << 20  # a chunked body up to this size gets a CONTENT_LENGTH, a larger one is streamed
+MAX_DRAINED = 65536  # what a server reads of a body that the application left unread, to keep the connection
+
+HEAD_TIMEOUT = 10.0  # 408; from a head's first byte to its last: a drip of a byte a second must not hold a process
+LINGER_TIMEOUT = 30.0  # to read and drop what a refused client still sends, as nginx's lingering_time
+LINGER_SILENCE = 2.0  # and how long it may send nothing meanwhile
+LAST_CALL = 0.05  # what an idle connection is given, when it must go, for a request that may be under way
+KILL_AFTER = 5.0  # from the signal that interrupts an overdue request to the one that nothing survives
+TICK = 1.0  # how often parent and waiting children look around unasked: the price of a wake-up that was missed
+ALARM_SLACK = 0.25  # a client's silence ends at the deadline, an application's so much later: 408 and 504 never race
+QUIET = 60.0  # between two log lines about the same trouble
+
+RECEIVE_SIZE = 65536  # one recv
+JOIN_SIZE = 16384  # up to here copying blocks together is cheaper than sendmsg
+SENDFILE_SIZE = 1 << 20  # one sendfile: each renews the deadline
+BACKLOG = 1024  # connections that the kernel may hold for us; it caps the number at net.core.somaxconn
+
+
+
+class Options(NamedTuple):
+    """What can be set, by the options of the same names or in a call of `serve`. Times are in seconds."""
+
+    bind: str = ""  # an address as `open_listener` takes it; else all addresses at $PORT, else 127.0.0.1:8000
+    max_connections: int = 256
+    timeout: float = 30.0
+    keep_alive: float = 15.0
+    graceful_timeout: float = 30.0
+    connections_per_child: int = 1
+    limit_request_body: int = 1 << 30
+    access_log: str = "combined"
+    no_fork: bool = False
+
+
+REASONS = {
+    400: "Bad Request", 408: "Request Timeout", 413: "Content Too Large", 414: "URI Too Long",
+    417: "Expectation Failed", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
+    501: "Not Implemented", 504: "Gateway Timeout", 505: "HTTP Version Not Supported",
+}  # fmt: skip
+
+
+class HTTPError(Exception):
+    """An exchange that ends in an error: the status code for the client, and a detail for the client and the log."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(status, detail)
+        self.status = status
+        self.detail = detail
+
+
+class ClientGoneError(Exception):
+    """The client has closed, was cut off, or does not read: there is nobody left to answer."""
+
+
+class Overdue(BaseException):
+    """The deadline of the request has passed; no Exception, so that an application's `except Exception` lets it by."""
+
+
+# ---- 3. Grammar -------------------------------------------------------------
+# The ABNF rule in a comment, under it the pattern of the same name, to be used with fullmatch. What these patterns do
+# not match is refused, never repaired: each repair is a message that two servers understand in two ways.
+
+# token = 1*tchar (RFC 9110 §5.6.2)
+token = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+TOKEN = re.compile(token)
+
+# quoted-string = DQUOTE *( qdtext / quoted-pair ) DQUOTE (RFC 9110 §5.6.4)
+quoted_string = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'
+
+# request-line = method SP request-target SP HTTP-version (RFC 9112 §3); a target is visible US-ASCII
+REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % token)
+
+# origin-form = absolute-path [ "?" query ] (RFC 9112 §3.2.1); browsers send more than RFC 3986 allows, but no fragment
+ORIGIN_FORM = re.compile(rb"(/[^?#]*)(?:\?([^#]*))?")
+
+# absolute-form = absolute-URI (RFC 9112 §3.2.2), of the schemes that come over HTTP
+ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^/?#]*)(/[^?#]*)?(?:\?([^#]*))?")
+
+# pct-encoded = "%" HEXDIG HEXDIG (RFC 3986 §2.1); this pattern finds those that are broken
+BROKEN_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+
+# Host = uri-host [ ":" port ] (RFC 9110 §7.2); IP-literal / IPv4address / reg-name (RFC 3986 §3.2.2)
+HOST = re.compile(rb"(?:\[([0-9A-Fa-f:.]+)\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]*)?")
+
+# field-value = *( VCHAR / obs-text / SP / HTAB ) (RFC 9110 §5.5); neither CR, LF, NUL nor any other control
+FIELD_VALUE = re.compile(rb"[\t \x21-\x7e\x80-\xff]*")
+
+# chunk-size [ chunk-ext ] (RFC 9112 §7.1); 16 digits are 2^64 - 1
+CHUNK_LINE = re.compile(
+    rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*)" % (token, token, quoted_string)
+)
+
+# A byte that no head may hold, wherever its end will be: a control, a bare LF, a bare CR (RFC 9112 §2.2)
+BAD_HEAD_BYTE = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?=[^\n])")
+
+# Fields that a message can have but once; to join two of them would be to choose one (RFC 9110 §5.3)
+SINGLETON_FIELDS = frozenset((
+    "authorization", "content-type", "date", "from", "host", "if-modified-since", "if-range", "if-unmodified-since",
+    "max-forwards", "proxy-authorization", "range", "referer", "user-agent",
+))  # fmt: skip
+
+# status-line's status-code SP [ reason-phrase ] as PEP 3333 writes it; an application sends no interim status
+STATUS = re.compile(r"[2-9][0-9][0-9](?: [\t\x20-\x7e\x80-\xff]*)?")
+RESPONSE_FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+
+# Fields that belong to the connection and so to the server alone (RFC 9110 §7.6.1; PEP 3333, "Other HTTP Features")
+HOP_BY_HOP_FIELDS = frozenset((
+    "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
+    "transfer-encoding", "upgrade",
+))  # fmt: skip
+# Fields of a response that decide what the server itself adds
+DECIDING_FIELDS = frozenset(("connection", "content-length", "date", "server"))
+
+
+# ---- 4. Stream --------------------------------------------------------------
+# The connected socket, and the bytes that were received but not consumed. Nothing else in the upper half receives or
+# sends. Deadlines of waiting are the kernel's: SO_RCVTIMEO and SO_SNDTIMEO (socket(7)) cost nothing where bytes flow.
+
+ACCEPTING = float("inf")  # the time in a slot of the scoreboard, when its process waits for a connection
+FREE = 0.0  # and when there is no process
+NOTE = struct.Struct("=I44s204s")  # number of the request, client, request-line
+
+
+class Activity:
+    """Owns one process's slot in the memory it shares: since when it waits or works, for which client, at what.
+
+    The time is negative while the connection is idle, positive while a request is in hand and ACCEPTING while there is
+    no connection. It is one aligned double: written and read in one piece, without a lock.
+    """
+
+    __slots__ = ("client", "finishing", "notes", "offset", "pid", "slot", "sock", "times")
+
+    def __init__(self, times: memoryview[float], notes: memoryview, slot: int) -> None:
+        self.times, self.notes, self.slot, self.offset = times, notes, slot, slot * NOTE.size
+        self.pid = os.getpid()
+        self.sock: socket.socket | None = None
+        self.client = b""
+        self.finishing = False  # the process was asked to close its connection as soon as it may
+
+    def get_time(self) -> float:
+        """Return what the slot says."""
+        return self.times[self.slot]
+
+    def accept(self) -> None:
+        """The process waits for a connection."""
+        self.times[self.slot] = ACCEPTING
+
+    def connect(self, sock: socket.socket, client: str) -> None:
+        """A connection has come."""
+        self.sock, self.client = sock, client.encode("ascii", "replace")
+        NOTE.pack_into(self.notes, self.offset, 0, self.client, b"")
+        self.wait()
+
+    def wait(self) -> None:
+        """The connection waits for a request."""
+        self.times[self.slot] = -time.monotonic()
+
+    def work(self, number: int, head: bytes) -> float:
+        """A request is in hand; return the time."""
+        NOTE.pack_into(self.notes, self.offset, number, self.client, head)
+        now = self.times[self.slot] = time.monotonic()
+        return now
+
+    def renew(self) -> None:
+        """The request in hand has made progress."""
+        self.times[self.slot] = time.monotonic()
+
+
+class Stream:
+    """Owns a connected socket and the bytes received from it but not yet consumed.
+
+    Its methods raise ClientGoneError when there is no client any more, and those that receive TimeoutError when nothing
+    comes within the time that set_patience gave.
+    """
+
+    __slots__ = ("activity", "patience", "pending", "sock")
+
+    def __init__(self, sock: socket.socket, activity: Activity, send_timeout: float) -> None:
+        self.sock = sock
+        self.activity = activity
+        self.pending = b""
+        self.patience = 0.0
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, make_timeval(send_timeout))
+        if sock.family != socket.AF_UNIX:  # else a small block waits 40 ms for the acknowledgement of the one before
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def set_patience(self, seconds: float) -> None:
+        """Let a receive wait so long at most."""
+        if seconds != self.patience or self.activity.finishing:  # a signal may have set LAST_CALL meanwhile
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, make_timeval(seconds))
+            self.patience = seconds
+
+    def receive(self) -> bytes:
+        """Return the next bytes from the client, b"" when it has closed."""
+        try:
+            return self.sock.recv(RECEIVE_SIZE)
+        except BlockingIOError:
+            raise TimeoutError from None
+        except OSError as error:
+            raise ClientGoneError from error
+
+    def receive_into(self, view: memoryview) -> int:
+        """Fill the view with bytes not consumed yet, or else with new ones; return their number, 0 at the end."""
+        if self.pending:
+            taken, self.pending = self.pending[: len(view)], self.pending[len(view) :]
+            view[: len(taken)] = taken
+            return len(taken)
+        try:
+            received = self.sock.recv_into(view)
+        except BlockingIOError:
+            raise TimeoutError from None
+        except OSError as error:
+            raise ClientGoneError from error
+        self.activity.renew()
+        return received
+
+    def read_line(self, limit: int) -> bytes:
+        """Return the next line without its CRLF (RFC 9112 §2.2); HTTPError when it is longer or ends in a bare LF."""
+        while b"\n" not in self.pending:
+            if len(self.pending) > limit + 1:
+                break
+            received = self.receive()
+            if not received:
+                raise HTTPError(400, "the client closed inside the chunked body")
+            self.pending += received
+            self.activity.renew()
+        line, newline, rest = self.pending.partition(b"\n")
+        if not newline or len(line) > limit + 1:
+            raise HTTPError(400, "too long a line in the chunked body")
+        if not line.endswith(b"\r"):
+            raise HTTPError(400, "a bare LF in the chunked body")
+        self.pending = rest
+        return line[:-1]
+
+    def send(self, *parts: bytes) -> None:
+        """Send the parts in order, all of them."""
+        try:
+            total = sum(map(len, parts))
+            sent = self.sock.send(b"".join(parts)) if total <= JOIN_SIZE else self.sock.sendmsg(parts)
+            while sent < total:  # the kernel took a part, and then none for as long as SO_SNDTIMEO
+                self.activity.renew()
+                sent += self.sock.send(memoryview(b"".join(parts))[sent:])
+        except OSError as error:
+            raise ClientGoneError from error
+
+    def send_file(self, fd: int, offset: int, size: int) -> int:
+        """Send so many bytes of a regular file by sendfile(2); return how many there were."""
+        end = offset + size
+        try:
+            while offset < end:
+                sent = os.sendfile(self.sock.fileno(), fd, offset, min(end - offset, SENDFILE_SIZE))
+                if not sent:
+                    break
+                offset += sent
+                self.activity.renew()
+        except OSError as error:
+            raise ClientGoneError from error
+        return size - (end - offset)
+
+    def linger(self) -> None:
+        """End our side, then read and drop what still comes: bytes unread at close would reset the answer away.
+
+        (RFC 9112 §9.6)
+        """
+        self.activity.wait()  # nothing is in hand any more: like an idle connection, it gives way to others
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+            self.set_patience(LINGER_SILENCE)
+            waste = bytearray(RECEIVE_SIZE)
+            deadline = time.monotonic() + LINGER_TIMEOUT
+            while self.sock.recv_into(waste) and time.monotonic() < deadline and not self.activity.finishing:
+                pass
+        except OSError:
+            pass  # silent or gone: either way it is over
+
+    def reset(self) -> None:
+        """Make the coming close a reset, for a response whose end the close itself would mean (socket(7), SO_LINGER)."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
+
+
+def make_timeval(seconds: float) -> bytes:
+    """Return the struct timeval of socket(7); the kernel takes 0 for "no timeout", so nothing is as short as that."""
+    return struct.pack("@ll", int(seconds), max(int(seconds % 1 * 1e6), 1))
+
+
+# ---- 5. Request -------------------------------------------------------------
+# In go the bytes of a head, out comes a Request that keeps every rule, or HTTPError. The parsers are pure functions of
+# bytes and so can remember: clients repeat their heads, or all lines of them but one. What is remembered was checked
+# and is bounded, and bytes hash with a secret, so that a client can neither grow it nor make it collide.
+# RFC 9112 §2 to §6 and §9.3, RFC 9110 §5, §7 and §10.1.1.
+
+
+class Request(NamedTuple):
+    """The head of a request, checked."""
+
+    method: str
+    target: str  # as it was received
+    path: str  # percent-decoded, each byte as the latin-1 character that PEP 3333 wants
+    query: str  # raw
+    version: str
+    fields: dict[str, str]  # names in lower case, each once
+    length: int | None  # of the message body; None if it is chunked
+    is_persistent: bool
+    expects_continue: bool
+
+
+UNREADABLE = Request("", "", "", "", "HTTP/1.1", {}, 0, is_persistent=False, expects_continue=False)
+
+
+class RequestLine(NamedTuple):
+    """The first line of a request; the authority of an absolute target, else None."""
+
+    method: str
+    target: str
+    authority: str | None
+    path: str
+    query: str
+    version: str
+
+
+def read_head(stream: Stream, patience: float, seconds: float) -> bytes:
+    """Return the bytes of the next head with its empty line, b"" if the client sends none within its patience.
+
+    The common case is one recv. Only a head that arrives in pieces pays for a look at the clock: it must be whole so
+    many seconds after its first bytes.
+    """
+    stream.set_patience(patience)
+    try:
+        data = stream.pending or stream.receive()
+    except TimeoutError:
+        return b""
+    if not data:
+        return b""
+    start, end = find_head(data)
+    if end < 0:
+        data = read_rest_of_head(stream, data, time.monotonic() + seconds)
+        start, end = find_head(data)
+    stream.pending = data[end + 4 :]
+    return data[start : end + 4]
+
+
+def find_head(data: bytes) -> tuple[int, int]:
+    """Return where the head in the data starts, and where its last line ends, or -1."""
+    start = 2 if data.startswith(b"\r\n") else 0  # one empty line is tolerated before it (RFC 9112 §2.2)
+    return start, data.find(b"\r\n\r\n", start)
+
+
+def read_rest_of_head(stream: Stream, data: bytes, deadline: float) -> bytes:
+    """Return the data with what still had to come for a whole head; HTTPError if it does not come by the deadline."""
+    checked = 0
+    while True:
+        stream.pending = data  # for the log, should it be refused
+        start, end = find_head(data)
+        if end >= 0:
+            return data
+        check_partial_head(data[start:], checked)
+        checked = len(data) - start - 1
+        stream.set_patience(max(deadline - time.monotonic(), 0.001))
+        try:
+            received = stream.receive()
+        except TimeoutError:
+            raise HTTPError(408, "the head was not complete in time") from None
+        if not received:
+            raise HTTPError(400, "the client closed inside the head")
+        data += received
+
+
+def check_partial_head(data: bytes, checked: int) -> None:
+    """Refuse at once, and not at the deadline, what no further byte can mend; the first bytes were checked before."""
+    if data.startswith(b"\x16\x03"):
+        raise HTTPError(400, "a TLS handshake on a port without TLS")
+    if BAD_HEAD_BYTE.search(data, max(checked, 0)):
+        raise HTTPError(400, "a control byte or a bare CR or LF in the head")
+    if len(data) > MAX_REQUEST_LINE + 1 and b"\r\n" not in data[: MAX_REQUEST_LINE + 2]:
+        raise HTTPError(414, "a request-line that does not end")
+    if len(data) > MAX_HEAD:
+        raise HTTPError(431, "a head that does not end")
+
+
+def parse_head(head: bytes) -> Request:
+    """Return the request that these bytes are, from the request-line to the empty line."""
+    first, *lines = head[:-4].split(b"\r\n")
+    line = parse_request_line(first)
+    if len(lines) > MAX_FIELDS:
+        raise HTTPError(431, "too many field lines")
+    if len(head) > MAX_HEAD:
+        raise HTTPError(431, "too large a head")
+    fields: dict[str, str] = {}
+    for field_line in lines:
+        name, value = parse_field_line(field_line)
+        if name in fields:
+            fields[name] = join_values(name, fields[name], value)
+        elif "_" not in name:  # in the environ it would pass for the name with a hyphen
+            fields[name] = value
+    fix_host(line, fields)
+    options = parse_list(fields.get("connection", ""))
+    return Request(
+        line.method, line.target, line.path, line.query, line.version, fields,
+        length=parse_framing(line.version, fields),
+        is_persistent="close" not in options and (line.version != "HTTP/1.0" or "keep-alive" in options),
+        expects_continue=parse_expect(line.version, fields),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def parse_request_line(line: bytes) -> RequestLine:
+    """Return the parts of a request-line (RFC 9112 §3)."""
+    if len(line) > MAX_REQUEST_LINE:
+        raise HTTPError(414, "too long a request-line")
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise HTTPError(400, "a malformed request-line")
+    method, target, major, minor = match.groups()
+    if major != b"1":
+        raise HTTPError(505, "not a version of HTTP/1")
+    if method == b"CONNECT":
+        raise HTTPError(501, "CONNECT is for proxies")
+    authority, path, query = parse_target(method, target)
+    version = "HTTP/1.0" if minor == b"0" else "HTTP/1.1"  # a higher minor version is answered as 1.1 (RFC 9110 §2.5)
+    return RequestLine(method.decode(), target.decode(), authority, path, query, version)
+
+
+def parse_target(method: bytes, target: bytes) -> tuple[str | None, str, str]:
+    """Return the authority, the path and the query of a request-target in one of its forms (RFC 9112 §3.2)."""
+    if target == b"*" and method == b"OPTIONS":
+        return None, "", ""
+    origin, absolute = ORIGIN_FORM.fullmatch(target), ABSOLUTE_FORM.fullmatch(target)
+    if origin:
+        authority, (path, query) = None, origin.groups()
+    elif absolute:
+        authority, path, query = absolute.groups()
+        check_host(authority, "an invalid authority in the request-target")
+        path = path or (b"" if method == b"OPTIONS" else b"/")  # RFC 9112 §3.2.4
+    else:
+        raise HTTPError(400, "a malformed request-target")
+    if BROKEN_ESCAPE.search(path):
+        raise HTTPError(400, "a broken percent-escape in the path")
+    return authority and authority.decode(), unquote_to_bytes(path).decode("latin-1"), (query or b"").decode()
+
+
+@lru_cache(maxsize=1024)
+def parse_field_line(line: bytes) -> tuple[str, str]:
+    """Return the name in lower case and the value of a field line (RFC 9112 §5)."""
+    if len(line) > MAX_FIELD_LINE:
+        raise HTTPError(431, "too long a field line")
+    name, colon, value = line.partition(b":")
+    value = value.strip(b" \t")
+    if not colon:
+        raise HTTPError(400, "a field line without a colon")
+    if not TOKEN.fullmatch(name):
+        raise HTTPError(400, "a malformed field name")
+    if not FIELD_VALUE.fullmatch(value):
+        raise HTTPError(400, "a control byte in a field value")
+    return name.decode().lower(), value.decode("latin-1")
+
+
+def join_values(name: str, first: str, second: str) -> str:
+    """Return the one value of a field that was sent on two lines (RFC 9110 §5.3)."""
+    if name in SINGLETON_FIELDS:
+        raise HTTPError(400, "more than one " + name.title())
+    return first + ("; " if name == "cookie" else ", ") + second
+
+
+def parse_list(value: str) -> list[str]:
+    """Return the members of a list, in lower case and without the empty ones (RFC 9110 §5.6.1)."""
+    return [member for member in (part.strip(" \t").lower() for part in value.split(",")) if member]
+
+
+def fix_host(line: RequestLine, fields: dict[str, str]) -> None:
+    """Check Host, and let the authority of an absolute target replace it (RFC 9112 §3.2)."""
+    host = fields.get("host")
+    if host is None and line.version != "HTTP/1.0":
+        raise HTTPError(400, "no Host")
+    if host is not None:
+        check_host(host.encode("latin-1"), "an invalid Host")
+    if line.authority is not None:
+        fields["host"] = line.authority
+
+
+def check_host(host: bytes, detail: str) -> None:
+    """Refuse what is not uri-host [ ":" port ]; an http URI has no empty host (RFC 9110 §4.2.1)."""
+    match = HOST.fullmatch(host)
+    if not match:
+        raise HTTPError(400, detail)
+    if match.group(1):
+        try:
+            socket.inet_pton(socket.AF_INET6, match.group(1).decode())
+        except OSError:
+            raise HTTPError(400, detail) from None
+
+
+def parse_framing(version: str, fields: dict[str, str]) -> int | None:
+    """Return the length of the message body, None if it is chunked: decided here once (RFC 9112 §6.3).
+
+    A front server that decides otherwise would let one request smuggle another: whatever is ambiguous is refused.
+    """
+    coding, length = fields.get("transfer-encoding"), fields.get("content-length")
+    if coding is None:
+        return 0 if length is None else parse_content_length(length, fields)
+    if length is not None:
+        raise HTTPError(400, "Content-Length together with Transfer-Encoding")
+    if version == "HTTP/1.0":
+        raise HTTPError(400, "Transfer-Encoding in HTTP/1.0")
+    if coding.lower() == "chunked":
+        return None
+    if "chunked" in parse_list(coding)[:-1] or not all(TOKEN.fullmatch(c.encode("latin-1")) for c in coding.split(", ")):
+        raise HTTPError(400, "a malformed Transfer-Encoding")
+    raise HTTPError(501, "a transfer coding other than chunked")
+
+
+def parse_content_length(value: str, fields: dict[str, str]) -> int:
+    """Return the Content-Length; repeats of it must agree and become one (RFC 9110 §8.6)."""
+    digits, *repeats = (part.strip(" \t") for part in value.split(","))
+    if not (digits.isascii() and digits.isdigit()) or any(repeat != digits for repeat in repeats):  # no + - _ or space
+        raise HTTPError(400, "an invalid Content-Length")
+    if len(digits.lstrip("0")) > 18:
+        raise HTTPError(413, "a Content-Length beyond all bounds")
+    fields["content-length"] = digits
+    return int(digits)
+
+
+def parse_expect(version: str, fields: dict[str, str]) -> bool:
+    """Return whether the client waits for a 100 (Continue); HTTP/1.0 knows none (RFC 9110 §10.1.1)."""
+    expectations = parse_list(fields.get("expect", ""))
+    if any(expectation != "100-continue" for expectation in expectations):
+        raise HTTPError(417, "an expectation other than 100-continue")
+    return bool(expectations) and version != "HTTP/1.0"
+
+
+# ---- 6. Body ----------------------------------------------------------------
+# Exactly the bytes of one message body, and not one of the request behind it. An io.RawIOBase: the standard library's
+# io.BufferedReader makes read, readline, readlines and iteration of it, as PEP 3333 asks of wsgi.input.
+
+
+class Body(io.RawIOBase):
+    """Owns the framing of one message body (RFC 9112 §6 and §7).
+
+    A sized body is one piece of known length, a chunked one a row of such pieces. Reading raises HTTPError when the
+    client breaks the framing, is silent too long or exceeds the limit, and the failure stays in `failure`: the
+    application may have swallowed it, but its answer would be made from half a body.
+    """
+
+    def __init__(self, stream: Stream, request: Request, limit: int) -> None:
+        self.stream = stream
+        self.is_chunked = request.length is None  # until the last chunk
+        self.remaining = request.length or 0  # of the body, or of the chunk in hand
+        self.awaits_continue = request.expects_continue  # until we send anything or the client does
+        self.ahead = b""  # read by `collect`, for the application to read first
+        self.failure: HTTPError | None = None
+        self.limit = limit  # what further chunks may hold
+        self.extensions = 0  # bytes of chunk extensions so far
+        self.is_first_chunk = True
+        if self.remaining > limit:
+            raise HTTPError(413, "a Content-Length over the limit")
+
+    def readable(self) -> bool:
+        """Of RawIOBase."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Of RawIOBase: fill the buffer with the next bytes, return their number, 0 at the end of the body."""
+        if self.ahead:
+            taken, self.ahead = self.ahead[: len(buffer)], self.ahead[len(buffer) :]
+            buffer[: len(taken)] = taken
+            return len(taken)
+        if self.failure:
+            raise self.failure
+        try:
+            return self.receive_into(buffer)
+        except TimeoutError:
+            self.failure = HTTPError(408, "the message body did not arrive in time")
+        except HTTPError as failure:
+            self.failure = failure
+        raise self.failure
+
+    def readall(self) -> bytes:
+        """Of RawIOBase, whose own reads 8 KiB at a time."""
+        return b"".join(iter(partial(self.read, RECEIVE_SIZE), b""))
+
+    def receive_into(self, buffer: Any) -> int:
+        """Fill the buffer from the stream; return 0 at the end of the body."""
+        self.invite()
+        if self.is_chunked and not self.remaining:
+            self.read_chunk_line()
+        if not self.remaining:
+            return 0
+        received = self.stream.receive_into(memoryview(buffer)[: self.remaining])
+        if not received:
+            raise HTTPError(400, "the client closed inside the message body")
+        self.remaining -= received
+        return received
+
+    def invite(self) -> None:
+        """Send the 100 (Continue) that the client waits for, unless its body comes already (RFC 9110 §10.1.1)."""
+        if self.awaits_continue and not self.stream.pending:
+            self.stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.awaits_continue = False
+
+    def read_chunk_line(self) -> None:
+        """Read the line before the next chunk, and the one that ends the chunk before (RFC 9112 §7.1)."""
+        if not self.is_first_chunk and self.stream.read_line(MAX_CHUNK_LINE):
+            raise HTTPError(400, "a chunk longer than its chunk-size")
+        self.is_first_chunk = False
+        match = CHUNK_LINE.fullmatch(self.stream.read_line(MAX_CHUNK_LINE))
+        if not match:
+            raise HTTPError(400, "a malformed chunk-size or chunk extension")
+        self.remaining = int(match.group(1), 16)
+        self.extensions += len(match.group(2))
+        if self.extensions > MAX_CHUNK_EXTENSIONS:
+            raise HTTPError(400, "too many chunk extensions")
+        self.limit -= self.remaining
+        if self.limit < 0:
+            raise HTTPError(413, "a chunked body over the limit")
+        if not self.remaining:
+            self.read_trailer_section()
+            self.is_chunked = False
+
+    def read_trailer_section(self) -> None:
+        """Read, check and drop the fields behind the last chunk: no rule lets them join the head's (RFC 9110 §6.5)."""
+        for _ in range(MAX_FIELDS + 1):
+            line = self.stream.read_line(MAX_FIELD_LINE)
+            if not line:
+                return
+            parse_field_line(line)
+        raise HTTPError(431, "too many trailer fields")
+
+    def collect(self) -> bytes | None:
+        """Return a whole chunked body of up to MAX_COLLECTED bytes; None for a larger one, which then is streamed."""
+        pieces: list[bytes] = []
+        size = 0
+        while size <= MAX_COLLECTED:
+            piece = self.read(RECEIVE_SIZE)
+            if not piece:
+                return b"".join(pieces)
+            pieces.append(piece)
+            size += len(piece)
+        self.ahead = b"".join(pieces)
+        return None
+
+    def drain(self) -> bool:
+        """Read what the application left; return whether that was the end, so that a next request can follow."""
+        if self.awaits_continue or self.failure or (not self.is_chunked and self.remaining > MAX_DRAINED):
+            return False
+        waste = bytearray(MAX_DRAINED)
+        left = MAX_DRAINED
+        try:
+            while left > 0:
+                received = self.receive_into(waste)
+                if not received:
+                    return True
+                left -= received
+        except (HTTPError, TimeoutError):
+            pass  # the response is out and was right; the close tells the client the rest
+        return False
+
+
+# ---- 7. Environ -------------------------------------------------------------
+# Request -> the dict of PEP 3333 ("environ Variables"). One part is made for each connection and one for each head;
+# the environ is a copy of both, which the application may change as it likes.
+
+
+def make_request_environ(request: Request) -> Environ:
+    """Return what the head tells: the CGI variables, and every field as HTTP_*."""
+    environ: Environ = {
+        "REQUEST_METHOD": request.method,
+        "REQUEST_URI": request.target,
+        "PATH_INFO": request.path,
+        "QUERY_STRING": request.query,
+        "SERVER_PROTOCOL": request.version,
+    }
+    for name, value in request.fields.items():
+        environ["HTTP_" + name.upper().replace("-", "_")] = value
+    for name in ("CONTENT_TYPE", "CONTENT_LENGTH"):
+        if "HTTP_" + name in environ:
+            environ[name] = environ.pop("HTTP_" + name)
+    environ.pop("HTTP_TRANSFER_ENCODING", None)  # undone here; Bottle would undo it once more
+    return environ
+
+
+def make_connection_environ(sock: socket.socket, address: Any, is_multiprocess: bool) -> Environ:
+    """Return what every request of a connection shares."""
+    is_unix = sock.family == socket.AF_UNIX
+    server, port = ("localhost", 80) if is_unix else sock.getsockname()[:2]
+    client, client_port = ("", "") if is_unix else address[:2]
+    return {
+        "SCRIPT_NAME": "",
+        "SERVER_NAME": plain_address(server),
+        "SERVER_PORT": str(port),
+        "SERVER_SOFTWARE": PRODUCT,
+        "REMOTE_ADDR": plain_address(client),
+        "REMOTE_PORT": str(client_port),
+        "wsgi.version": (1, 0),
+        "wsgi.url_scheme": "http",
+        "wsgi.errors": sys.stderr,
+        "wsgi.multithread": False,
+        "wsgi.multiprocess": is_multiprocess,
+        "wsgi.run_once": False,
+        "wsgi.input_terminated": True,
+        "wsgi.file_wrapper": FileWrapper,
+    }
+
+
+def plain_address(address: str) -> str:
+    """Return an IPv4 address that came through a socket for both families as what it is."""
+    return address[7:] if address.startswith("::ffff:") else address
+
+
+def make_input(body: Body | None, environ: Environ) -> io.BufferedReader:
+    """Return wsgi.input, and set CONTENT_LENGTH for a chunked body that is small enough to be collected.
+
+    Django and Bottle read what CONTENT_LENGTH announces and take a body without it for none. A larger body is left to
+    those that know wsgi.input_terminated, as Flask, Falcon and Pyramid do.
+    """
+    if body is None:
+        return io.BufferedReader(io.BytesIO(), 1)  # type checked: BytesIO is all a raw stream needs to be
+    content = body.collect() if body.is_chunked else None
+    if content is None:
+        return io.BufferedReader(body, RECEIVE_SIZE)
+    environ["CONTENT_LENGTH"] = str(len(content))
+    return io.BufferedReader(io.BytesIO(content))
+
+
+# ---- 8. Response ------------------------------------------------------------
+# What the application gives -> bytes. The head goes out with the first block that is not empty, in one send; the
+# framing is decided then. PEP 3333; RFC 9110 §6.4 and §8.6, RFC 9112 §6 and §7.
+
+
+class FileWrapper:
+    """wsgi.file_wrapper (PEP 3333, "Optional Platform-Specific File Handling"): a file as an iterable of blocks."""
+
+    def __init__(self, file: Any, block_size: int = RECEIVE_SIZE) -> None:
+        self.file = file
+        self.block_size = block_size
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(partial(self.file.read, self.block_size), b"")
+
+    def close(self) -> None:
+        """Close the file, if it can be closed."""
+        close = getattr(self.file, "close", None)
+        if close is not None:
+            close()
+
+    def find_regular_file(self) -> tuple[int, int, int] | None:
+        """Return the descriptor, offset and remaining size of a file whose bytes sendfile(2) may take from the disk.
+
+        That is one that Python reads as it is: a GzipFile has a descriptor, too, but its bytes are not the content.
+        """
+        raw = getattr(self.file, "raw", self.file)
+        if not isinstance(raw, io.FileIO) or not hasattr(os, "sendfile"):
+            return None
+        status = os.fstat(self.file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        offset = self.file.tell()
+        return self.file.fileno(), offset, max(status.st_size - offset, 0)
+
+
+def run_application(application: Application, environ: Environ, response: Response) -> None:
+    """Call the application and send what it gives (PEP 3333, "Specification Details")."""
+    iterable = application(environ, make_start_response(response))
+    try:
+        if isinstance(iterable, FileWrapper):
+            response.send_file(iterable)
+        elif isinstance(iterable, (list, tuple)):  # all there is: its length can be told
+            response.finish(b"".join(iterable))
+            return
+        else:
+            for block in iterable:
+                response.write(block)
+                if response.is_enough:
+                    break
+        response.finish()
+    finally:
+        close = getattr(iterable, "close", None)
+        if close is not None:
+            close()
+
+
+def make_start_response(response: Response) -> StartResponse:
+    """Return the start_response of one request (PEP 3333, "The start_response() Callable")."""
+
+    def start_response(
+        status: str, response_headers: list[tuple[str, str]], exc_info: Any = None
+    ) -> Callable[[bytes], None]:
+        try:
+            if exc_info and response.is_head_sent:
+                raise exc_info[1].with_traceback(exc_info[2])
+            if response.status and not exc_info:
+                raise AssertionError("start_response was called a second time without exc_info")
+            response.start(status, response_headers)
+        finally:
+            exc_info = None  # it refers to this frame: a circle that only the garbage collector could break
+        return response.write
+
+    return start_response
+
+
+class Response:
+    """Owns the response to one request: its head until the first block, and how much of its body was sent."""
+
+    __slots__ = (
+        "body", "is_chunked", "is_closing", "is_complete", "is_enough", "is_head_sent", "length", "lines", "own_fields", "request",
+        "sent", "status", "stream",
+    )  # fmt: skip
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.request = UNREADABLE
+        self.body: Body | None = None
+        self.status = ""
+        self.lines: list[bytes] = []
+        self.length: int | None = None  # the Content-Length; None if not known
+        self.own_fields: list[str] = []  # Date and Server, if the application sets them
+        self.is_closing = False  # the connection ends with this response
+        self.is_chunked = False
+        self.is_head_sent = False
+        self.is_enough = False  # further blocks would be dropped
+        self.is_complete = False
+        self.sent = 0  # bytes of the body
+
+    def start(self, status: str, response_headers: list[tuple[str, str]]) -> None:
+        """Take over status and headers, after checks that name the culprit; nothing is sent yet."""
+        if not isinstance(status, str) or not STATUS.fullmatch(status):
+            raise ValueError("not a status such as '200 OK': %r" % (status,))
+        if not isinstance(response_headers, list):
+            raise TypeError("response_headers is not a list: %r" % (response_headers,))
+        self.length = None
+        self.own_fields = []
+        lines = [b"HTTP/1.1 %b\r\n" % status.encode("latin-1") if " " in status else b"HTTP/1.1 %b \r\n" % status.encode()]
+        for header in response_headers:
+            try:
+                decides, line = format_header(header)
+            except TypeError:
+                raise TypeError("not a (name, value) tuple of two str: %r" % (header,)) from None
+            if decides:
+                line = self.decide(decides, header[1], line)
+            lines.append(line)
+        self.status, self.lines = status, lines
+
+    def decide(self, name: str, value: str, line: bytes) -> bytes:
+        """Take note of a field that has a say in what the server adds; return the line to send for it now."""
+        if name == "connection":
+            self.is_closing = True
+            return b""
+        if name == "content-length":
+            if self.length is not None:
+                raise ValueError("a second Content-Length: %r" % value)
+            self.length = int(value)
+            return b""
+        self.own_fields.append(name)
+        return line
+
+    def write(self, block: bytes) -> None:
+        """Send a block of the body, with the head before the first (PEP 3333, "The write() Callable")."""
+        if not isinstance(block, bytes):
+            raise TypeError("a block of the body is not bytes: %.50r" % (block,))
+        if not block or self.is_enough:
+            return
+        head = b"" if self.is_head_sent else self.make_head()
+        if not self.has_body():
+            self.is_enough = True
+            self.stream.send(head)
+            return
+        if self.length is not None and self.sent + len(block) > self.length:
+            log_error("the body is longer than its Content-Length of %d: cut there" % self.length)
+            block = block[: self.length - self.sent]
+            self.is_enough = True
+        self.sent += len(block)
+        if self.is_chunked:
+            self.stream.send(head, b"%x\r\n" % len(block), block, b"\r\n")
+        else:
+            self.stream.send(head, block)
+        self.stream.activity.renew()
+
+    def send_file(self, wrapper: FileWrapper) -> None:
+        """Send a file: a regular one by sendfile(2), any other block by block."""
+        found = wrapper.find_regular_file() if self.status and not self.sent else None
+        if found is None:
+            for block in wrapper:
+                self.write(block)
+                if self.is_enough:
+                    break
+            return
+        fd, offset, size = found
+        self.length = size if self.length is None else self.length
+        self.send_head()
+        if self.has_body():
+            self.sent += self.stream.send_file(fd, offset, min(size, self.length))
+
+    def finish(self, last: bytes = b"") -> None:
+        """Send the last block, and what ends the body by its framing."""
+        if not self.is_head_sent:
+            if self.length is None and (last or self.has_body()):
+                self.length = len(last)
+            if not last:
+                self.send_head()
+        self.write(last)
+        if self.is_chunked:
+            self.stream.send(b"0\r\n\r\n")
+        self.is_complete = True
+        if self.length is not None and self.sent < self.length and self.has_body():
+            raise ValueError("the body has %d bytes, its Content-Length is %d" % (self.sent, self.length))
+
+    def is_delimited_by_close(self) -> bool:
+        """Return whether only the end of the connection tells the client that the body is complete."""
+        return self.has_body() and not self.is_complete and not self.is_chunked and self.length is None
+
+    def has_body(self) -> bool:
+        """Return whether the response may have a body (RFC 9110 §6.4.1)."""
+        return self.request.method != "HEAD" and not self.status.startswith(("204", "304"))
+
+    def send_head(self) -> None:
+        """Send the head without a block."""
+        if not self.is_head_sent:
+            self.stream.send(self.make_head())
+
+    def make_head(self) -> bytes:
+        """Return the head, decide the framing of the body, and take the head for sent (RFC 9112 §6.3)."""
+        if not self.status:
+            raise AssertionError("the application did not call start_response")
+        if self.body is not None:
+            if self.body.failure:
+                raise self.body.failure
+            if self.body.awaits_continue:  # the body that is announced may come now or never
+                self.is_closing = True
+                self.body.awaits_continue = False
+        lines = self.lines
+        if self.length is not None:
+            if not self.status.startswith("204"):  # RFC 9110 §8.6
+                lines.append(b"Content-Length: %d\r\n" % self.length)
+        elif self.has_body():
+            if self.request.version == "HTTP/1.0":
+                self.is_closing = True
+            else:
+                self.is_chunked = True
+                lines.append(b"Transfer-Encoding: chunked\r\n")
+        if "date" not in self.own_fields:
+            lines.append(make_date_line(int(time.time())))
+        if "server" not in self.own_fields:
+            lines.append(SERVER_LINE)
+        if self.stream.activity.finishing:
+            self.is_closing = True
+        if self.is_closing:
+            lines.append(b"Connection: close\r\n")
+        elif self.request.version == "HTTP/1.0":
+            lines.append(b"Connection: keep-alive\r\n")
+        lines.append(b"\r\n")
+        self.is_head_sent = True
+        return b"".join(lines)
+
+
+@lru_cache(maxsize=256)
+def format_header(header: tuple[str, str]) -> tuple[str, bytes]:
+    """Return the name in lower case if it is a deciding field, else "", and the field line; raise if illegal.
+
+    What passes here reaches the client byte for byte: a CR LF in it would split the response in two.
+    """
+    name, value = header
+    if not isinstance(header, tuple) or not isinstance(name, str) or not isinstance(value, str):
+        raise TypeError
+    lower = name.lower()
+    if not TOKEN.fullmatch(name.encode("utf-8")):
+        raise ValueError("not a field name: %r" % name)
+    if not RESPONSE_FIELD_VALUE.fullmatch(value):
+        raise ValueError("a character that no field value may have in %s: %r" % (name, value))
+    if lower in HOP_BY_HOP_FIELDS or (lower == "connection" and value.strip(" \t").lower() != "close"):
+        raise ValueError("a field of the connection is the server's to set: %s: %s" % (name, value))
+    if lower == "content-length" and not (value.isascii() and value.isdigit() and len(value) < 19):
+        raise ValueError("not a Content-Length: %r" % value)
+    return lower if lower in DECIDING_FIELDS else "", b"%b: %b\r\n" % (name.encode(), value.strip(" \t").encode("latin-1"))
+
+
+DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+MONTHS = ("", "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+SERVER_LINE = b"Server: %b\r\n" % PRODUCT.encode()
+
+
+@lru_cache(maxsize=1)
+def make_date_line(second: int) -> bytes:
+    """Return the Date field line for a second since the epoch (RFC 9110 §6.6.1).
+
+    email.utils.formatdate would do, but it brings 20 modules, which every fork copies; strftime obeys the locale.
+    """
+    t = time.gmtime(second)
+    return b"Date: %b, %02d %b %d %02d:%02d:%02d GMT\r\n" % (
+        DAYS[t.tm_wday].encode(), t.tm_mday, MONTHS[t.tm_mon].encode(), t.tm_year, t.tm_hour, t.tm_min, t.tm_sec
+    )  # fmt: skip
+
+
+# ---- 9. Connection ----------------------------------------------------------
+# One connection: its requests in order, until somebody says close. Whatever goes wrong with a request ends up in
+# serve_request: it is answered there, or cut off, and logged, and nothing behind it is interpreted.
+
+
+def serve_connection(
+    application: Application, options: Options, sock: socket.socket, address: Any, activity: Activity
+) -> None:
+    """Serve all requests of a connection, then close it."""
+    with sock:
+        try:
+            stream = Stream(sock, activity, options.timeout)
+            environ = make_connection_environ(sock, address, not options.no_fork)
+            for number in count(1):
+                if not serve_request(application, options, stream, environ, number):
+                    break
+        except (ClientGoneError, OSError):  # OSError: it was reset before we first looked at it
+            pass
+
+
+def serve_request(
+    application: Application, options: Options, stream: Stream, connection: Environ, number: int
+) -> bool:
+    """Serve the next request; return whether another may follow (RFC 9112 §9.3)."""
+    response, head, detail, began = Response(stream), b"", "", time.monotonic()
+    try:
+        head = read_head(stream, choose_patience(options, stream, number), min(HEAD_TIMEOUT, options.timeout))
+        if not head:
+            return False
+        began = stream.activity.work(number, head)
+        response.request, variables = request, _ = interpret_head(head)
+        response.is_closing = not (request.is_persistent and options.keep_alive)
+        environ = {**connection, **variables, "webserver.request_number": number}
+        if request.length != 0:
+            stream.set_patience(options.timeout)
+            response.body = Body(stream, request, options.limit_request_body)
+        environ["wsgi.input"] = make_input(response.body, environ)
+        run_application(application, environ, response)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit in an application is an error like any other
+        detail = recover(response, head or stream.pending, error)
+    write_access = ACCESS_LOGS[options.access_log]
+    if write_access:
+        write_access(make_access(response, connection, head or stream.pending, began, detail))
+    if detail or response.is_closing or not (response.body is None or response.body.drain()):
+        end_connection(response, detail)
+        return False
+    stream.activity.wait()
+    return True
+
+
+def choose_patience(options: Options, stream: Stream, number: int) -> float:
+    """Return how long to wait for the first bytes of a request, in seconds."""
+    if stream.activity.finishing:
+        return LAST_CALL
+    return min(HEAD_TIMEOUT, options.timeout) if number == 1 else options.keep_alive
+
+
+@lru_cache(maxsize=64)
+def interpret_head(head: bytes) -> tuple[Request, Environ]:
+    """Return the request that the head is, and its part of the environ: one look-up for a head that repeats."""
+    request = parse_head(head)
+    return request, make_request_environ(request)
+
+
+def recover(response: Response, head: bytes, error: BaseException) -> str:
+    """Answer what went wrong, or cut the response off so that the client can tell; return the detail for the log."""
+    if isinstance(error, ClientGoneError):
+        return "the client has gone"
+    if not isinstance(error, HTTPError):
+        log_exception(error, head)
+        overdue = isinstance(error, Overdue)
+        error = HTTPError(504, "the application took too long") if overdue else HTTPError(500, "the application failed")
+    try:
+        if not response.is_head_sent:
+            send_refusal(response, head, error)
+        elif response.is_delimited_by_close():
+            response.stream.reset()
+    except ClientGoneError:
+        pass  # the log line says what it would have been told
+    return error.detail
+
+
+def send_refusal(response: Response, head: bytes, refusal: HTTPError) -> None:
+    """Answer with an error, in the words of the status and the detail."""
+    if response.request is UNREADABLE:
+        response.request = UNREADABLE._replace(method=head.partition(b" ")[0][:4].decode("latin-1"))  # HEAD is told less
+    response.stream.activity.renew()
+    response.body = None
+    response.is_closing = True
+    response.start("%d %s" % (refusal.status, REASONS[refusal.status]), [("Content-Type", "text/plain; charset=utf-8")])
+    response.finish(("%s: %s\n" % (REASONS[refusal.status], refusal.detail)).encode())
+
+
+def end_connection(response: Response, detail: str) -> None:
+    """Linger, unless the client itself wanted the close and all that it sent was read."""
+    body, stream = response.body, response.stream
+    if detail or stream.pending or response.request.is_persistent or (body and (body.is_chunked or body.remaining)):
+        stream.linger()
+
+
+class Access(NamedTuple):
+    """The facts of one line of the access log."""
+
+    client: str
+    time: float  # seconds since the epoch, at the end of the request
+    request_line: bytes  # as received
+    status: str  # "" if no response was begun
+    sent: int  # bytes of the body
+    referer: str
+    user_agent: str
+    seconds: float  # from the head's arrival to the end of the response
+    detail: str  # what went wrong, or ""
+
+
+def make_access(response: Response, connection: Environ, head: bytes, began: float, detail: str) -> Access:
+    """Return the facts of a request that has ended."""
+    fields = response.request.fields
+    return Access(
+        connection["REMOTE_ADDR"], time.time(), head.lstrip(b"\r\n").partition(b"\r\n")[0][:MAX_REQUEST_LINE],
+        response.status[:3], response.sent, fields.get("referer", ""), fields.get("user-agent", ""),
+        time.monotonic() - began, detail,
+    )  # fmt: skip
+
+
+def write_combined(access: Access) -> None:
+    """Log in the combined format of Apache and nginx, with the seconds taken and what went wrong."""
+    write_line(1, '%s - - [%s] "%s" %s %d "%s" "%s" %.6f%s' % (
+        access.client or "-", make_log_time(int(access.time)), escape(access.request_line.decode("latin-1")),
+        access.status or "-", access.sent, escape(access.referer) or "-", escape(access.user_agent) or "-",
+        access.seconds, access.detail and ' "%s"' % access.detail,
+    ))  # fmt: skip
+
+
+def write_json(access: Access) -> None:
+    """Log the same facts as one JSON object."""
+    import json
+
+    facts = access._asdict()
+    facts["request_line"] = access.request_line.decode("latin-1")
+    facts["status"] = int(access.status or 0) or None
+    write_line(1, json.dumps(facts))
+
+
+ACCESS_LOGS: dict[str, Callable[[Access], None] | None] = {
+    "combined": write_combined, "json": write_json, "off": None,
+}  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def make_log_time(second: int) -> str:
+    """Return the time of a log line, in UTC."""
+    t = time.gmtime(second)
+    date = (t.tm_mday, MONTHS[t.tm_mon], t.tm_year, t.tm_hour, t.tm_min, t.tm_sec)
+    return "%02d/%s/%d:%02d:%02d:%02d +0000" % date
+
+
+def escape(text: str) -> str:
+    r"""Return the text in visible ASCII, the rest as \xNN: what a client sent must not forge a line or a quote."""
+    return text.encode("unicode_escape").decode().replace('"', '\\"')
+
+
+def write_line(fd: int, line: str) -> None:
+    """Write one line of a log by one write(2), which keeps the lines of all processes whole."""
+    try:
+        os.write(fd, line.encode("utf-8", "backslashreplace") + b"\n")
+    except OSError:
+        pass  # a log that nobody can take any more must not stop the service
+
+
+def log_error(text: str) -> None:
+    """Write to stderr, every line with the pid in front, so that none can be forged by what it quotes."""
+    for line in text.splitlines():
+        write_line(2, "[%d] %s" % (os.getpid(), "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)))
+
+
+def log_exception(error: BaseException, head: bytes = b"") -> None:
+    """Write the traceback to stderr, from the first frame on that is not the server's."""
+    import traceback
+
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_globals is globals():
+        trace = trace.tb_next
+    line = escape(head.partition(b"\r\n")[0].decode("latin-1"))
+    text = "".join(traceback.format_exception(type(error), error, trace))
+    log_error('error in "%s"\n%s' % (line, text) if head else text)
+
+
+# ---- 10. Processes ----------------------------------------------------------
+# The parent binds, forks, reaps and watches; it never touches a connection. A child accepts one connection (or more,
+# by --connections-per-child), serves it and exits. All children share the listening socket; one of them always waits
+# in accept(), forked ahead, so that the fork is off the way of the client. fork(2), waitpid(2), signal(7).
+#
+# What parent and children share is the scoreboard: a row of times, one slot for each child, in anonymous memory. A
+# slot has one writer at a time: the child while it lives, the parent before the fork and after the reaping. From it
+# alone the parent knows whether a child is spare, who is idle, and whose request is overdue.
+
+
+class Child:
+    """Owns what the parent knows of one child."""
+
+    __slots__ = ("asked", "slot")
+
+    def __init__(self, slot: int) -> None:
+        self.slot = slot
+        self.asked = False  # to finish
+
+
+class Server:
+    """Owns the listening socket, the scoreboard and the children; in a child, the part of it that is its own."""
+
+    def __init__(self, listener: socket.socket, serve: Callable[[socket.socket, Any, Activity], None], options: Options):
+        self.listener: socket.socket | None = listener
+        self.serve = serve
+        self.options = options
+        self.pid = os.getpid()  # the parent's
+        self.times, self.notes = make_scoreboard(options.max_connections)
+        self.free_slots = list(range(options.max_connections))
+        self.children: dict[int, Child] = {}
+        self.activity: Activity | None = None  # the child's own; None in the parent
+        self.wake_read, self.wake_write = os.pipe()
+        self.poller = select.poll()
+        self.next_tick = 0.0
+        self.failures = 0  # children in a row that died before a connection came
+        self.resting_until = 0.0  # no fork before that
+        self.stop_by: float | None = None  # when the children must have finished; None while serving
+        self.last_said: dict[str, float] = {}
+
+    def run(self) -> None:
+        """The parent's life: keep a child spare, sleep until something happens, and look after what did."""
+        self.catch_signals()
+        self.poller.register(self.wake_read, select.POLLIN)
+        while self.listener or self.children:
+            self.keep_spare()
+            self.obey(self.sleep())
+            self.reap()
+            self.watch(time.monotonic())
+
+    # Signals are data: their numbers come out of a pipe, where the loop reads them like the wake-ups of children. So
+    # nothing ever happens between two lines of this class that is not written there (signal(7), "self-pipe").
+
+    def catch_signals(self) -> None:
+        """Let each signal put its number into the pipe."""
+        for fd in (self.wake_read, self.wake_write):
+            os.set_blocking(fd, False)
+        for signum in SIGNALS:
+            signal.signal(signum, self.on_signal)
+        signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
+
+    def sleep(self) -> bytes:
+        """Return the numbers of the signals that came, 0 for the wake-ups of children; after a TICK at most."""
+        if self.listener:  # level-triggered: to ask about newcomers who cannot be helped would be a busy loop
+            self.poller.register(self.listener, select.POLLIN if self.is_full() else 0)
+        self.poller.poll(TICK * 1000 if self.stop_by is None else TICK * 20)
+        try:
+            return os.read(self.wake_read, 4096)
+        except BlockingIOError:
+            return b""
+
+    def obey(self, signums: bytes) -> None:
+        """Do what the signals ask."""
+        for signum in signums:
+            if signum in (signal.SIGTERM, signal.SIGINT):
+                self.stop()
+
+    def on_signal(self, signum: int, frame: Any) -> None:
+        """Handle a signal: in the parent the pipe has it already, in a child it concerns the connection."""
+        activity = self.activity
+        if activity is None:
+            return
+        if os.getpid() != activity.pid:  # a process that the application forked: it never asked for this handler
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        elif signum == signal.SIGTERM:
+            self.finish(activity)
+        elif signum == signal.SIGALRM and FREE < activity.get_time() <= time.monotonic() - self.options.timeout:
+            raise Overdue
+
+    # Birth
+
+    def keep_spare(self) -> None:
+        """Fork a child if none waits in accept()."""
+        while self.listener and self.free_slots and ACCEPTING not in self.times.tolist():
+            if time.monotonic() < self.resting_until:
+                return
+            self.fork_child(self.free_slots.pop())
+
+    def fork_child(self, slot: int) -> None:
+        """Fork a child for the slot. A signal that came between fork and bookkeeping would find neither side ready."""
+        self.times[slot] = ACCEPTING
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                self.live(slot)
+            self.children[pid] = Child(slot)
+        except OSError as error:  # EAGAIN, ENOMEM
+            self.free_slot(slot)
+            self.rest(TICK, "cannot fork: %s" % error.strerror)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def rest(self, seconds: float, text: str) -> None:
+        """Fork no child for a while."""
+        self.resting_until = time.monotonic() + seconds
+        self.say(text)
+
+    # Death
+
+    def reap(self) -> None:
+        """Collect every child that has ended: until then it is a zombie, a pid and a wait status that the kernel keeps.
+
+        SIGCHLD says that some have, not how many: signals merge. So this asks until there is none, and does not block
+        for those that live (waitpid(2)). A pid that is not ours was orphaned and given to us, as to any PID 1.
+        """
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            child = self.children.pop(pid, None)
+            if child:
+                self.bury(pid, child, status)
+
+    def bury(self, pid: int, child: Child, status: int) -> None:
+        """Free the slot of a child that was reaped, and say so if it did not end by itself."""
+        was_accepting = self.times[child.slot] == ACCEPTING
+        if os.WIFSIGNALED(status):
+            _, client, line = NOTE.unpack_from(self.notes, child.slot * NOTE.size)
+            served = 'serving %s "%s"' % (trim(client), trim(line.partition(b"\r\n")[0]))
+            doing = "waiting" if was_accepting else served
+            log_error("child %d died of %s while %s" % (pid, signal.Signals(os.WTERMSIG(status)).name, doing))
+        self.free_slot(child.slot)
+        if not was_accepting:
+            self.failures = 0
+        elif status and not child.asked:  # back off, or children that cannot live would be a fork storm
+            self.failures += 1
+            self.rest(min(0.01 * 2**self.failures, TICK), "a child ended before it served")
+
+    def free_slot(self, slot: int) -> None:
+        """Take back a slot."""
+        self.times[slot] = FREE
+        self.free_slots.append(slot)
+
+    # Watch
+
+    def watch(self, now: float) -> None:
+        """Enforce what time enforces."""
+        if self.stop_by is not None:
+            self.go_on_stopping(now)
+        elif self.is_full() and self.has_newcomers():
+            self.make_room()
+        if now >= self.next_tick:
+            self.next_tick = now + TICK
+            self.enforce_deadlines(now)
+            self.retire_surplus()
+
+    def is_full(self) -> bool:
+        """Return whether the cap is reached, and no child on its way to make room."""
+        return not self.free_slots and not any(child.asked for child in self.children.values())
+
+    def has_newcomers(self) -> bool:
+        """Return whether a connection waits in the kernel's queue."""
+        return bool(self.listener and select.select([self.listener], [], [], 0)[0])
+
+    def make_room(self) -> None:
+        """Ask the connection that has been idle longest to give way, else the busy one of the oldest request."""
+        self.say("all %d connections are taken: the idle ones give way" % self.options.max_connections)
+        times = [(self.times[child.slot], pid) for pid, child in self.children.items()]
+        idle = [entry for entry in times if entry[0] < FREE]
+        busy = [entry for entry in times if FREE < entry[0] < ACCEPTING]
+        if idle or busy:
+            self.ask(max(idle)[1] if idle else min(busy)[1])
+
+    def ask(self, pid: int) -> None:
+        """Ask a child to finish: to answer the request in hand and close, at once if it is idle."""
+        self.children[pid].asked = True
+        os.kill(pid, signal.SIGTERM)
+
+    def enforce_deadlines(self, now: float) -> None:
+        """Interrupt requests that made no progress for too long; kill what does not take notice."""
+        for pid, child in self.children.items():
+            overdue = now - self.times[child.slot] - self.options.timeout
+            if not FREE < self.times[child.slot] < ACCEPTING or overdue < ALARM_SLACK:
+                continue
+            os.kill(pid, signal.SIGALRM if overdue < KILL_AFTER else signal.SIGKILL)
+
+    def retire_surplus(self) -> None:
+        """Ask a quarter of the children that wait beyond the one to leave: a burst is forgotten in some seconds."""
+        waiting = [pid for pid, child in self.children.items() if self.times[child.slot] == ACCEPTING and not child.asked]
+        for pid in waiting[: (len(waiting) + 2) // 4]:
+            self.ask(pid)
+
+    def say(self, text: str) -> None:
+        """Log a trouble, once in a while if it lasts."""
+        now = time.monotonic()
+        if now - self.last_said.get(text, -QUIET) >= QUIET:
+            self.last_said[text] = now
+            log_error(text)
+
+    # Stop
+
+    def stop(self) -> None:
+        """Stop gracefully; at the second request, at once."""
+        if self.stop_by is not None:
+            self.kill_children("stopped at once: %d connections cut")
+            return
+        self.stop_by = time.monotonic() + self.options.graceful_timeout
+        if self.listener:
+            self.listener.listen(0)  # those that the kernel has taken for us are still served, further ones are not taken
+
+    def go_on_stopping(self, now: float) -> None:
+        """Close the listening socket when its queue is empty, let the children finish, kill what is left at the end."""
+        if self.listener and (now >= (self.stop_by or 0) or not self.has_newcomers()):
+            self.poller.unregister(self.listener)
+            close_listener(self.listener, self.options.bind)
+            self.listener = None
+            for pid in self.children:
+                self.ask(pid)
+        if now >= (self.stop_by or 0):
+            self.kill_children("the graceful timeout is over: %d connections cut")
+
+    def kill_children(self, text: str) -> None:
+        """Kill all children."""
+        if self.children:
+            log_error(text % len(self.children))
+        for pid in self.children:
+            os.kill(pid, signal.SIGKILL)
+
+    # In the child
+
+    def live(self, slot: int) -> NoReturn:
+        """The child's life, from fork to exit: nothing returns from here into the code of the parent."""
+        status = 1
+        try:
+            signal.set_wakeup_fd(-1)  # the parent's pipe must not learn of the child's signals
+            os.close(self.wake_read)
+            atexit._clear()  # what the parent registered is the parent's to run
+            self.activity = Activity(self.times, self.notes, slot)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            self.serve_connections(self.activity)
+            status = 0
+        except BaseException as error:
+            log_exception(error)
+        finally:
+            exit_child(status)
+
+    def serve_connections(self, activity: Activity) -> None:
+        """Accept and serve as many connections as one child may."""
+        last = self.options.connections_per_child
+        for number in count(1):
+            accepted = self.accept()
+            if accepted is None:
+                return
+            sock, address = accepted
+            activity.connect(sock, str(address[0]) if address else "-")
+            self.wake_parent()
+            if number == last:
+                self.leave_listener()
+            self.serve(sock, address, activity)
+            if number == last:
+                return
+            activity.accept()
+
+    def accept(self) -> tuple[socket.socket, Any] | None:
+        """Return the next connection; None when there will be none for this child."""
+        while self.listener and self.pid in (os.getppid(), os.getpid()):  # else the parent was killed: free the port
+            try:
+                return self.listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                pass  # nobody came within a TICK, or somebody has gone again
+            except OSError as error:
+                if error.errno in (errno.EBADF, errno.EINVAL):  # `finish` has closed the listener
+                    return None
+                self.say("cannot accept: %s" % error.strerror)  # EMFILE, ENFILE, ENOBUFS, ENOMEM
+                time.sleep(TICK)
+        return None
+
+    def wake_parent(self) -> None:
+        """Wake the parent if no child is left in accept()."""
+        if ACCEPTING not in self.times.tolist():
+            try:
+                os.write(self.wake_write, b"\0")
+            except BlockingIOError:
+                pass  # the pipe is full of reasons to wake up
+
+    def leave_listener(self) -> None:
+        """Close what the child needs no more, before the application can hand it on."""
+        if self.listener:
+            self.listener.close()
+            os.close(self.wake_write)
+
+    def finish(self, activity: Activity) -> None:
+        """Accept no more, answer the request in hand, close; when idle, after LAST_CALL.
+
+        To close the listener makes accept() fail, if it is under way, and harms nothing if it has just returned: an
+        exception raised from here would lose the connection. Likewise a shorter timeout ends the wait for a request,
+        and does not lose one that has just come.
+        """
+        activity.finishing = True
+        if self.listener:
+            self.listener.close()
+        idle = time.monotonic() + activity.get_time()
+        if activity.sock and activity.get_time() < FREE:
+            try:
+                patience = make_timeval(max(LAST_CALL - idle, 0))
+                activity.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
+            except OSError:
+                pass  # closed already
+
+
+SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)
+
+
+def make_scoreboard(slots: int) -> tuple[memoryview[float], memoryview]:
+    """Return the times and the notes of so many slots, in memory that is shared over fork (mmap(2), MAP_SHARED)."""
+    shared = memoryview(mmap.mmap(-1, slots * (8 + NOTE.size)))
+    return shared[: slots * 8].cast("d"), shared[slots * 8 :]
+
+
+def trim(note: bytes) -> str:
+    """Return what a note holds before the first NUL, escaped."""
+    return escape(note.partition(b"\0")[0].decode("latin-1"))
+
+
+def exit_child(status: int) -> NoReturn:
+    """End the process as the interpreter would end it, but without a way back into the parent's code.
+
+    Threads that are no daemons are awaited, exit handlers run, buffers are flushed.
+    """
+    try:
+        if "threading" in sys.modules:
+            sys.modules["threading"]._shutdown()
+        atexit._run_exitfuncs()
+        for file in (sys.stdout, sys.stderr):
+            file.flush()
+    finally:
+        os._exit(status)
+
+
+# ---- 11. Command line -------------------------------------------------------
+# Words -> options, an application and a listening socket. Every mistake of the user is one sentence that says what to
+# do; only a fault inside the user's own module shows a traceback, and only the user's part of it.
+
+
+class StartError(Exception):
+    """One sentence for the person at the command line, and the exit status: 2 for usage, else 1."""
+
+    def __init__(self, sentence: str, status: int = 1) -> None:
+        super().__init__(sentence, status)
+        self.sentence = sentence
+        self.status = status
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    try:
+        name, options = parse_command_line(sys.argv[1:] if words is None else words)
+        sys.path.insert(0, os.getcwd())
+        serve(load_application(name) if name else show_environ, **options._asdict())
+    except StartError as reason:
+        sys.stderr.write("webserver.py: %s\n" % reason.sentence)
+        return reason.status
+    except KeyboardInterrupt:  # before the loop, or with --no-fork
+        return 130
+    return 0
+
+
+def serve(application: Application, **options: Any) -> None:
+    """Serve the application until SIGTERM or SIGINT; the options are the fields of Options. Raises StartError.
+
+    This is where the two halves meet: the server gets a callable, and does not know what it says to the client.
+    """
+    settings = check_options(Options(**options))
+    listener = open_listener(settings.bind)
+    log_error("serving on %s, pid %d" % (describe_address(listener), os.getpid()))
+    server = Server(listener, partial(serve_connection, application, settings), settings)
+    for file in (sys.stdout, sys.stderr):
+        file.flush()  # else each child would flush a copy
+    gc.collect()
+    gc.freeze()  # a collection in a child would write to, and so copy, all that it inherited
+    server.run()
+
+
+def parse_command_line(words: list[str]) -> tuple[str, Options]:
+    """Return the name of the application, "" if there is none, and the options; exit with 2 on a mistake."""
+    default = Options()
+    parser = argparse.ArgumentParser(
+        prog="webserver.py", usage=argparse.SUPPRESS, allow_abbrev=False, description=USAGE, epilog=ENVIRONMENT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("application", nargs="?", default="", help=argparse.SUPPRESS)
+    add("-b", "--bind", metavar="ADDRESS", default=default.bind,
+        help="HOST:PORT, [::1]:PORT, :PORT (all addresses), unix:PATH or fd:N (127.0.0.1:8000)")
+    add("-c", "--max-connections", metavar="N", type=parse_count, default=default.max_connections,
+        help="connections at one time, each a process (%(default)s)")
+    add("-t", "--timeout", metavar="S", type=parse_seconds, default=default.timeout,
+        help="seconds that a request may take without progress (%(default)g)")
+    add("--keep-alive", metavar="S", type=parse_seconds, default=default.keep_alive,
+        help="seconds to wait for the next request on a connection; 0 closes after each (%(default)g)")
+    add("--graceful-timeout", metavar="S", type=parse_seconds, default=default.graceful_timeout,
+        help="seconds for requests in hand when the server stops (%(default)g)")
+    add("--connections-per-child", metavar="N", type=parse_count, default=default.connections_per_child,
+        help="connections that one process serves, one after the other; 0 is without end (%(default)s)")
+    add("--limit-request-body", metavar="BYTES", type=parse_count, default=default.limit_request_body,
+        help="largest body of a request (%(default)s)")
+    add("--access-log", choices=list(ACCESS_LOGS), default=default.access_log, help="on stdout (%(default)s)")
+    add("--no-fork", action="store_true", help="one process, one connection at a time: for a debugger")
+    add("--version", action="version", version=PRODUCT)
+    for option, sentence in FOREIGN_OPTIONS.items():
+        add(*option.split(), dest="foreign", type=partial(refuse_option, sentence), help=argparse.SUPPRESS)
+    values = vars(parser.parse_args(words))
+    del values["foreign"]
+    return values.pop("application"), Options(**values)
+
+
+USAGE = """webserver.py [options] [module:app | module:factory()]
+
+A WSGI server: every connection is served by a process of its own. Without an
+application it shows a page with the environ that an application would see."""
+
+ENVIRONMENT = """In the environment: PORT, to serve on all addresses at this port."""
+
+FOREIGN_OPTIONS = {
+    "-w --workers": "there are no workers to count, every connection has its process; see --max-connections",
+    "--threads --worker-connections -k --worker-class": "a connection is a process here; see --max-connections",
+    "-p --port --host": "give the address in one: --bind HOST:PORT",
+    "--max-requests": "see --connections-per-child",
+    "--max-requests-jitter --preload --daemon -D --pid": "there is no such option, and no need for it: see --help",
+}
+
+
+def refuse_option(sentence: str, value: str) -> NoReturn:
+    """Answer an option of another server with what to do here."""
+    raise argparse.ArgumentTypeError(sentence)
+
+
+def parse_count(text: str) -> int:
+    """Return a number of things."""
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError("not a whole number: %r" % text)
+    return int(text)
+
+
+def parse_seconds(text: str) -> float:
+    """Return a time in seconds."""
+    if not re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", text):
+        raise argparse.ArgumentTypeError("not a number of seconds: %r" % text)
+    return float(text)
+
+
+def check_options(options: Options) -> Options:
+    """Return the options with what follows from others; refuse those that could not work."""
+    for name in ("max_connections", "timeout"):
+        if not getattr(options, name) > 0:
+            raise StartError("--%s must be more than 0" % name.replace("_", "-"), 2)
+    if options.access_log not in ACCESS_LOGS:
+        raise StartError("--access-log is one of %s" % ", ".join(ACCESS_LOGS), 2)
+    if not hasattr(os, "fork"):
+        raise StartError("this system has no fork; webserver.py needs a POSIX system")
+    port = os.environ.get("PORT")
+    bind = options.bind or (":" + port if port else "127.0.0.1:8000")
+    return options._replace(bind=bind, connections_per_child=0 if options.no_fork else options.connections_per_child)
+
+
+# The application
+
+
+def load_application(name: str) -> Application:
+    """Return the application of a name such as `module:app`, `package.module`, or `module:make_app()`."""
+    module_name, colon, path = name.partition(":")
+    if module_name.endswith(".py") or "/" in module_name:
+        raise StartError("name the module, not the file: %s" % re.sub(r"\.py\b", "", name).replace("/", "."), 2)
+    module = import_module(module_name)
+    if not colon:
+        path = "application" if hasattr(module, "application") else "app"
+    is_factory = path.endswith("()")
+    found: Any = module
+    for attribute in path[: -2 if is_factory else None].split("."):
+        if not hasattr(found, attribute):
+            raise StartError("%s has no %r; it has %s" % (module_name, attribute, list_callables(module)))
+        found = getattr(found, attribute)
+    if is_factory and callable(found):
+        found = run_user_code(found)
+    if not callable(found):
+        raise StartError("%s is not callable, so it is no WSGI application; see %s" % (name, list_callables(module)))
+    application: Application = found
+    return application
+
+
+def import_module(name: str) -> Any:
+    """Return the module of this name, or say that there is none."""
+    import importlib
+
+    def load() -> Any:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name and (name + ".").startswith(error.name + "."):
+                return None
+            raise
+
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise StartError("not a name of a module: %r; write module:app" % name, 2)
+    module = run_user_code(load)
+    if module is None:
+        raise StartError("there is no module %r in %s nor among the installed ones" % (name, os.getcwd()))
+    return module
+
+
+def run_user_code(function: Callable[[], Any]) -> Any:
+    """Return what the function returns; a fault in it is shown as its own traceback."""
+    try:
+        return function()
+    except Exception as error:
+        log_user_exception(error)
+        raise StartError("the application could not be loaded: see the traceback above") from None
+
+
+def log_user_exception(error: BaseException) -> None:
+    """Show a traceback without the frames of the server and of the import system."""
+    import traceback
+
+    trace = error.__traceback__
+    while trace and (trace.tb_frame.f_globals is globals() or "importlib" in trace.tb_frame.f_code.co_filename):
+        trace = trace.tb_next
+    traceback.print_exception(type(error), error, trace)
+
+
+def list_callables(module: Any) -> str:
+    """Return the names of the module that could be meant."""
+    own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
+    others = [n for n, v in vars(module).items() if callable(v) and not isinstance(v, type) and n not in own]
+    names = [n for n in own + others if not n.startswith("_")]
+    return "these callables: " + ", ".join(names[:12]) if names else "no callable of its own"
+
+
+# The address
+
+
+def open_listener(bind: str) -> socket.socket:
+    """Return the listening socket for an address: HOST:PORT, :PORT, unix:PATH or fd:N."""
+    try:
+        if bind.startswith("fd:"):
+            listener = socket.socket(fileno=parse_descriptor(bind[3:]))
+            listener.getsockname()
+        elif bind.startswith("unix:"):
+            listener = bind_unix(bind[5:])
+        else:
+            listener = bind_tcp(bind)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        raise StartError("cannot listen on %s: %s%s" % (bind, error.strerror, ADVICE.get(error.errno or 0, ""))) from None
+    listener.setblocking(True)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, make_timeval(TICK))  # accept() returns to look around
+    if hasattr(socket, "TCP_DEFER_ACCEPT") and listener.family != socket.AF_UNIX:
+        # A connection comes when its first bytes do: one that a browser opens on speculation costs no process (tcp(7)).
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, int(HEAD_TIMEOUT))
+    return listener
+
+
+ADVICE = {
+    errno.EADDRINUSE: "; another program listens there: stop it, or choose another port with --bind",
+    errno.EACCES: "; take a port from 1024 on, or a path that you may write to",
+    errno.EPERM: "; take a port from 1024 on",
+    errno.EADDRNOTAVAIL: "; this machine has no such address",
+    errno.ENOTSOCK: "; it is not a socket",
+    errno.EBADF: "; nothing was inherited under this number",
+}
+
+
+def bind_tcp(bind: str) -> socket.socket:
+    """Return a socket bound to HOST:PORT, or to all addresses of both families if there is no host."""
+    host, colon, port = bind.rpartition(":")
+    if not colon or not (port.isascii() and port.isdigit()) or int(port) > 65535 or host.count("[") != host.count("]"):
+        raise StartError("not an address: %r; write HOST:PORT, [::1]:PORT, :PORT, unix:PATH or fd:N" % bind, 2)
+    if host.count(":") and not host.startswith("["):
+        raise StartError("write the IPv6 address in brackets: [%s]:%s" % (host, port), 2)
+    is_dual = not host and socket.has_dualstack_ipv6()
+    try:
+        found = socket.getaddrinfo("::" if is_dual else host.strip("[]") or "0.0.0.0", int(port), type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        raise StartError("there is no host %r; use an address of this machine" % host, 2) from None
+    family, kind, protocol, _, address = found[0]
+    listener = socket.socket(family, kind, protocol)
+    # A port where the connections of a former server are still in TIME_WAIT is free for us (socket(7)).
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if is_dual else 1)
+    listener.bind(address)
+    return listener
+
+
+def bind_unix(path: str) -> socket.socket:
+    """Return a socket bound to a path; a socket file that nobody listens at any more is replaced."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+    listener.bind(path)
+    return listener
+
+
+def parse_descriptor(text: str) -> int:
+    """Return the number of an inherited descriptor."""
+    if not (text.isascii() and text.isdigit()):
+        raise StartError("not a descriptor: %r; write fd:N" % text, 2)
+    return int(text)
+
+
+def describe_address(listener: socket.socket) -> str:
+    """Return the address as one that a person can click."""
+    address = listener.getsockname()
+    if listener.family == socket.AF_UNIX:
+        return "unix:%s" % address
+    host, port = address[:2]
+    if host in ("0.0.0.0", "::"):
+        return "http://localhost:%d/ (all addresses)" % port
+    return "http://%s:%d/" % ("[%s]" % host if ":" in host else host, port)
+
+
+def close_listener(listener: socket.socket, bind: str) -> None:
+    """Close the listening socket, and remove its socket file if we made it."""
+    path = listener.getsockname() if listener.family == socket.AF_UNIX else ""
+    listener.close()
+    if path and bind == "unix:" + path:
+        try:
+            os.unlink(path)
+        except OSError:
+            pass  # somebody was faster
+
+
+# The page without an application
+
+
+def show_environ(environ: Environ, start_response: StartResponse) -> list[bytes]:
+    """The application that is served when none is named: who answered, and what an application sees."""
+    from html import escape as escape_html
+
+    facts = "process %d, request %d on this connection" % (os.getpid(), environ["webserver.request_number"])
+    rows = [(key, repr(value)) for key, value in sorted(environ.items())]
+    if "text/html" in environ.get("HTTP_ACCEPT", ""):
+        kind, cells = "text/html", "<tr><th>%s<td>%s"
+        table = "\n".join(cells % (escape_html(key), escape_html(value)) for key, value in rows)
+        text = PAGE % (escape_html(PRODUCT), escape_html(facts), table)
+    else:
+        kind = "text/plain"
+        text = "%s: %s\n\n%s\n" % (PRODUCT, facts, "\n".join("%s = %s" % row for row in rows))
+    body = text.encode("utf-8", "backslashreplace")
+    start_response("200 OK", [("Content-Type", kind + "; charset=utf-8"), ("Content-Length", str(len(body)))])
+    return [body]
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>It works</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 3rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; width: 100%%; font: 14px/1.5 ui-monospace, monospace }
+th { text-align: left; font-weight: 600; padding: .2rem 1rem .2rem 0; vertical-align: top; white-space: nowrap }
+td { overflow-wrap: anywhere } tr { border-top: 1px solid #ddd }
+</style>
+<h1>It works</h1>
+<p>%s: %s. This is the environ that an application would have seen:</p>
+<table>
+%s
+</table>
+</html>
+"""
+
+if __name__ == "__main__":
+    sys.exit(main())
