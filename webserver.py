@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import errno
+import faulthandler
 import gc
 import io
 import mmap
@@ -44,7 +45,6 @@ import struct
 import sys
 import time
 from functools import lru_cache, partial
-from itertools import count
 from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, NoReturn
 from urllib.parse import unquote_to_bytes
 
@@ -54,6 +54,7 @@ PRODUCT = "webserver.py/" + __version__
 Environ = Dict[str, Any]
 StartResponse = Callable[..., Callable[[bytes], None]]
 Application = Callable[[Environ, StartResponse], Iterable[bytes]]
+Service = Callable[[socket.socket, Any, "Activity"], None]
 
 
 # ---- 2. Limits --------------------------------------------------------------
@@ -76,6 +77,7 @@ LAST_CALL = 0.05  # what an idle connection is given, when it must go, for a req
 KILL_AFTER = 5.0  # from the signal that interrupts an overdue request to the one that nothing survives
 TICK = 1.0  # how often parent and waiting children look around unasked: the price of a wake-up that was missed
 ALARM_SLACK = 0.25  # a client's silence ends at the deadline, an application's so much later: 408 and 504 never race
+CHECK_TIMEOUT = 30.0  # for new code to load before a reload
 QUIET = 60.0  # between two log lines about the same trouble
 
 RECEIVE_SIZE = 65536  # one recv
@@ -95,7 +97,10 @@ class Options(NamedTuple):
     graceful_timeout: float = 30.0
     connections_per_child: int = 1
     limit_request_body: int = 1 << 30
-    access_log: str = "combined"
+    user: str = ""  # NAME[:GROUP]
+    access_log: str = "combined"  # or json, or off
+    reload: bool = False
+    check: bool = False
     no_fork: bool = False
 
 
@@ -185,7 +190,7 @@ DECIDING_FIELDS = frozenset(("connection", "content-length", "date", "server"))
 
 ACCEPTING = float("inf")  # the time in a slot of the scoreboard, when its process waits for a connection
 FREE = 0.0  # and when there is no process
-NOTE = struct.Struct("=I44s204s")  # number of the request, client, request-line
+NOTE = struct.Struct("=II44s204s")  # connections and requests so far, the client, the head's first bytes
 
 
 class Activity:
@@ -195,36 +200,31 @@ class Activity:
     no connection. It is one aligned double: written and read in one piece, without a lock.
     """
 
-    __slots__ = ("client", "finishing", "notes", "offset", "pid", "slot", "sock", "times")
+    __slots__ = ("client", "connections", "finishing", "notes", "offset", "pid", "requests", "slot", "sock", "times")
 
     def __init__(self, times: memoryview[float], notes: memoryview, slot: int) -> None:
         self.times, self.notes, self.slot, self.offset = times, notes, slot, slot * NOTE.size
         self.pid = os.getpid()
         self.sock: socket.socket | None = None
         self.client = b""
+        self.connections = self.requests = 0
         self.finishing = False  # the process was asked to close its connection as soon as it may
-
-    def get_time(self) -> float:
-        """Return what the slot says."""
-        return self.times[self.slot]
-
-    def accept(self) -> None:
-        """The process waits for a connection."""
-        self.times[self.slot] = ACCEPTING
 
     def connect(self, sock: socket.socket, client: str) -> None:
         """A connection has come."""
         self.sock, self.client = sock, client.encode("ascii", "replace")
-        NOTE.pack_into(self.notes, self.offset, 0, self.client, b"")
+        self.connections += 1
+        NOTE.pack_into(self.notes, self.offset, self.connections, self.requests, self.client, b"")
         self.wait()
 
     def wait(self) -> None:
         """The connection waits for a request."""
         self.times[self.slot] = -time.monotonic()
 
-    def work(self, number: int, head: bytes) -> float:
+    def work(self, head: bytes) -> float:
         """A request is in hand; return the time."""
-        NOTE.pack_into(self.notes, self.offset, number, self.client, head)
+        self.requests += 1
+        NOTE.pack_into(self.notes, self.offset, self.connections, self.requests, self.client, head)
         now = self.times[self.slot] = time.monotonic()
         return now
 
@@ -341,8 +341,9 @@ class Stream:
             pass  # silent or gone: either way it is over
 
     def reset(self) -> None:
-        """Make the coming close a reset, for a response whose end the close itself would mean (socket(7), SO_LINGER)."""
+        """Close with a reset, where a plain close would mean the end of the response (socket(7), SO_LINGER)."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
+        self.sock.close()
 
 
 def make_timeval(seconds: float) -> bytes:
@@ -502,7 +503,8 @@ def parse_target(method: bytes, target: bytes) -> tuple[str | None, str, str]:
         raise HTTPError(400, "a malformed request-target")
     if BROKEN_ESCAPE.search(path):
         raise HTTPError(400, "a broken percent-escape in the path")
-    return authority and authority.decode(), unquote_to_bytes(path).decode("latin-1"), (query or b"").decode()
+    text = None if authority is None else authority.decode()
+    return text, unquote_to_bytes(path).decode("latin-1"), (query or b"").decode()
 
 
 @lru_cache(maxsize=1024)
@@ -570,7 +572,8 @@ def parse_framing(version: str, fields: dict[str, str]) -> int | None:
         raise HTTPError(400, "Transfer-Encoding in HTTP/1.0")
     if coding.lower() == "chunked":
         return None
-    if "chunked" in parse_list(coding)[:-1] or not all(TOKEN.fullmatch(c.encode("latin-1")) for c in coding.split(", ")):
+    codings = parse_list(coding)
+    if not codings or "chunked" in codings[:-1] or not all(TOKEN.fullmatch(c.encode("latin-1")) for c in codings):
         raise HTTPError(400, "a malformed Transfer-Encoding")
     raise HTTPError(501, "a transfer coding other than chunked")
 
@@ -894,7 +897,7 @@ class Response:
             raise TypeError("response_headers is not a list: %r" % (response_headers,))
         self.length = None
         self.own_fields = []
-        lines = [b"HTTP/1.1 %b\r\n" % status.encode("latin-1") if " " in status else b"HTTP/1.1 %b \r\n" % status.encode()]
+        lines = [b"HTTP/1.1 %b\r\n" % (status if " " in status else status + " ").encode("latin-1")]
         for header in response_headers:
             try:
                 decides, line = format_header(header)
@@ -1035,7 +1038,8 @@ def format_header(header: tuple[str, str]) -> tuple[str, bytes]:
         raise ValueError("a field of the connection is the server's to set: %s: %s" % (name, value))
     if lower == "content-length" and not (value.isascii() and value.isdigit() and len(value) < 19):
         raise ValueError("not a Content-Length: %r" % value)
-    return lower if lower in DECIDING_FIELDS else "", b"%b: %b\r\n" % (name.encode(), value.strip(" \t").encode("latin-1"))
+    line = b"%b: %b\r\n" % (name.encode(), value.strip(" \t").encode("latin-1"))
+    return lower if lower in DECIDING_FIELDS else "", line
 
 
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
@@ -1068,9 +1072,10 @@ def serve_connection(
         try:
             stream = Stream(sock, activity, options.timeout)
             environ = make_connection_environ(sock, address, not options.no_fork)
-            for number in count(1):
-                if not serve_request(application, options, stream, environ, number):
-                    break
+            number = 1
+            while serve_request(application, options, stream, environ, number):
+                activity.wait()
+                number += 1
         except (ClientGoneError, OSError):  # OSError: it was reset before we first looked at it
             pass
 
@@ -1084,7 +1089,7 @@ def serve_request(
         head = read_head(stream, choose_patience(options, stream, number), min(HEAD_TIMEOUT, options.timeout))
         if not head:
             return False
-        began = stream.activity.work(number, head)
+        began = stream.activity.work(head)
         response.request, variables = request, _ = interpret_head(head)
         response.is_closing = not (request.is_persistent and options.keep_alive)
         environ = {**connection, **variables, "webserver.request_number": number}
@@ -1097,13 +1102,11 @@ def serve_request(
         raise
     except BaseException as error:  # SystemExit in an application is an error like any other
         detail = recover(response, head or stream.pending, error)
-    write_access = ACCESS_LOGS[options.access_log]
-    if write_access:
-        write_access(make_access(response, connection, head or stream.pending, began, detail))
+    if options.access_log != "off":
+        log_access(options.access_log, response, connection, head or stream.pending, began, detail)
     if detail or response.is_closing or not (response.body is None or response.body.drain()):
         end_connection(response, detail)
         return False
-    stream.activity.wait()
     return True
 
 
@@ -1131,7 +1134,7 @@ def recover(response: Response, head: bytes, error: BaseException) -> str:
         error = HTTPError(504, "the application took too long") if overdue else HTTPError(500, "the application failed")
     try:
         if not response.is_head_sent:
-            send_refusal(response, head, error)
+            send_error(response, head, error)
         elif response.is_delimited_by_close():
             response.stream.reset()
     except ClientGoneError:
@@ -1139,15 +1142,16 @@ def recover(response: Response, head: bytes, error: BaseException) -> str:
     return error.detail
 
 
-def send_refusal(response: Response, head: bytes, refusal: HTTPError) -> None:
-    """Answer with an error, in the words of the status and the detail."""
-    if response.request is UNREADABLE:
-        response.request = UNREADABLE._replace(method=head.partition(b" ")[0][:4].decode("latin-1"))  # HEAD is told less
+def send_error(response: Response, head: bytes, error: HTTPError) -> None:
+    """Answer with the words of the status and the detail."""
+    if response.request is UNREADABLE and head.startswith(b"HEAD "):
+        response.request = UNREADABLE._replace(method="HEAD")
     response.stream.activity.renew()
     response.body = None
     response.is_closing = True
-    response.start("%d %s" % (refusal.status, REASONS[refusal.status]), [("Content-Type", "text/plain; charset=utf-8")])
-    response.finish(("%s: %s\n" % (REASONS[refusal.status], refusal.detail)).encode())
+    reason = REASONS[error.status]
+    response.start("%d %s" % (error.status, reason), [("Content-Type", "text/plain; charset=utf-8")])
+    response.finish(("%s: %s\n" % (reason, error.detail)).encode())
 
 
 def end_connection(response: Response, detail: str) -> None:
@@ -1157,52 +1161,29 @@ def end_connection(response: Response, detail: str) -> None:
         stream.linger()
 
 
-class Access(NamedTuple):
-    """The facts of one line of the access log."""
+def log_access(style: str, response: Response, connection: Environ, head: bytes, began: float, detail: str) -> None:
+    """Log a request that has ended: in the combined format with the seconds taken and what went wrong, or as JSON."""
+    facts = {
+        "client": connection["REMOTE_ADDR"] or "-",
+        "time": make_log_time(int(time.time())),
+        "request": head.lstrip(b"\r\n").partition(b"\r\n")[0].decode("latin-1"),
+        "status": int(response.status[:3] or 0),  # 0: the client went before it was answered
+        "bytes": response.sent,
+        "referer": response.request.fields.get("referer", "-"),
+        "user_agent": response.request.fields.get("user-agent", "-"),
+        "seconds": round(time.monotonic() - began, 6),
+        "detail": detail,
+    }
+    if style == "json":
+        import json
 
-    client: str
-    time: float  # seconds since the epoch, at the end of the request
-    request_line: bytes  # as received
-    status: str  # "" if no response was begun
-    sent: int  # bytes of the body
-    referer: str
-    user_agent: str
-    seconds: float  # from the head's arrival to the end of the response
-    detail: str  # what went wrong, or ""
-
-
-def make_access(response: Response, connection: Environ, head: bytes, began: float, detail: str) -> Access:
-    """Return the facts of a request that has ended."""
-    fields = response.request.fields
-    return Access(
-        connection["REMOTE_ADDR"], time.time(), head.lstrip(b"\r\n").partition(b"\r\n")[0][:MAX_REQUEST_LINE],
-        response.status[:3], response.sent, fields.get("referer", ""), fields.get("user-agent", ""),
-        time.monotonic() - began, detail,
-    )  # fmt: skip
+        write_line(1, json.dumps(facts))
+    else:
+        facts.update((key, escape(value)) for key, value in facts.items() if isinstance(value, str))
+        write_line(1, (COMBINED + ' "%(detail)s"' if detail else COMBINED) % facts)
 
 
-def write_combined(access: Access) -> None:
-    """Log in the combined format of Apache and nginx, with the seconds taken and what went wrong."""
-    write_line(1, '%s - - [%s] "%s" %s %d "%s" "%s" %.6f%s' % (
-        access.client or "-", make_log_time(int(access.time)), escape(access.request_line.decode("latin-1")),
-        access.status or "-", access.sent, escape(access.referer) or "-", escape(access.user_agent) or "-",
-        access.seconds, access.detail and ' "%s"' % access.detail,
-    ))  # fmt: skip
-
-
-def write_json(access: Access) -> None:
-    """Log the same facts as one JSON object."""
-    import json
-
-    facts = access._asdict()
-    facts["request_line"] = access.request_line.decode("latin-1")
-    facts["status"] = int(access.status or 0) or None
-    write_line(1, json.dumps(facts))
-
-
-ACCESS_LOGS: dict[str, Callable[[Access], None] | None] = {
-    "combined": write_combined, "json": write_json, "off": None,
-}  # fmt: skip
+COMBINED = '%(client)s - - [%(time)s] "%(request)s" %(status)d %(bytes)d "%(referer)s" "%(user_agent)s" %(seconds).6f'
 
 
 @lru_cache(maxsize=1)
@@ -1219,11 +1200,16 @@ def escape(text: str) -> str:
 
 
 def write_line(fd: int, line: str) -> None:
-    """Write one line of a log by one write(2), which keeps the lines of all processes whole."""
+    """Write one line of a log, whole or not at all: a log that nobody takes any more must not stop the service.
+
+    One write(2) of up to PIPE_BUF bytes is never mixed with another's, and never blocks where select(2) promised so.
+    """
+    data = line.encode("utf-8", "backslashreplace")[: select.PIPE_BUF - 1] + b"\n"
     try:
-        os.write(fd, line.encode("utf-8", "backslashreplace") + b"\n")
+        if select.select([], [fd], [], 0)[1]:
+            os.write(fd, data)
     except OSError:
-        pass  # a log that nobody can take any more must not stop the service
+        pass  # it was closed: there is nowhere to complain
 
 
 def log_error(text: str) -> None:
@@ -1233,15 +1219,15 @@ def log_error(text: str) -> None:
 
 
 def log_exception(error: BaseException, head: bytes = b"") -> None:
-    """Write the traceback to stderr, from the first frame on that is not the server's."""
+    """Write the traceback to stderr, from the first frame on that is neither the server's nor the import system's."""
     import traceback
 
     trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_globals is globals():
+    while trace and (trace.tb_frame.f_globals is globals() or "importlib" in trace.tb_frame.f_code.co_filename):
         trace = trace.tb_next
-    line = escape(head.partition(b"\r\n")[0].decode("latin-1"))
-    text = "".join(traceback.format_exception(type(error), error, trace))
-    log_error('error in "%s"\n%s' % (line, text) if head else text)
+    if head:
+        log_error('error in "%s"' % escape(head.partition(b"\r\n")[0].decode("latin-1")))
+    log_error("".join(traceback.format_exception(type(error), error, trace)))
 
 
 # ---- 10. Processes ----------------------------------------------------------
@@ -1253,21 +1239,25 @@ def log_exception(error: BaseException, head: bytes = b"") -> None:
 # slot has one writer at a time: the child while it lives, the parent before the fork and after the reaping. From it
 # alone the parent knows whether a child is spare, who is idle, and whose request is overdue.
 
+LISTEN_FD = 3  # where sd_listen_fds(3) has the first socket
+SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)
+
 
 class Child:
     """Owns what the parent knows of one child."""
 
-    __slots__ = ("asked", "slot")
+    __slots__ = ("alarmed", "asked", "slot")
 
     def __init__(self, slot: int) -> None:
         self.slot = slot
         self.asked = False  # to finish
+        self.alarmed = 0.0  # the time in its slot when SIGALRM was last sent
 
 
 class Server:
-    """Owns the listening socket, the scoreboard and the children; in a child, the part of it that is its own."""
+    """Owns the listening socket, the scoreboard and the children; in a child, what of these is its own."""
 
-    def __init__(self, listener: socket.socket, serve: Callable[[socket.socket, Any, Activity], None], options: Options):
+    def __init__(self, listener: socket.socket, serve: Service, options: Options) -> None:
         self.listener: socket.socket | None = listener
         self.serve = serve
         self.options = options
@@ -1275,76 +1265,101 @@ class Server:
         self.times, self.notes = make_scoreboard(options.max_connections)
         self.free_slots = list(range(options.max_connections))
         self.children: dict[int, Child] = {}
+        self.elders = adopt_children()  # those of the program that this one has replaced
+        self.elders_by = time.monotonic() + options.graceful_timeout
         self.activity: Activity | None = None  # the child's own; None in the parent
         self.wake_read, self.wake_write = os.pipe()
-        self.poller = select.poll()
-        self.next_tick = 0.0
+        os.set_blocking(self.wake_read, False)
+        os.set_blocking(self.wake_write, False)
         self.failures = 0  # children in a row that died before a connection came
         self.resting_until = 0.0  # no fork before that
+        self.next_ask = 0.0  # no connection is asked to give way before that
+        self.next_tick = 0.0
         self.stop_by: float | None = None  # when the children must have finished; None while serving
+        self.checker = 0  # the pid of the process that tries new code, 0 if there is none
+        self.check_by = 0.0  # when it must have finished
+        self.sources = list_sources() if options.reload else {}
+        self.totals = {"connections": 0, "forks": 0, "reaped": 0, "timeouts": 0, "crashes": 0}
         self.last_said: dict[str, float] = {}
 
     def run(self) -> None:
         """The parent's life: keep a child spare, sleep until something happens, and look after what did."""
         self.catch_signals()
-        self.poller.register(self.wake_read, select.POLLIN)
-        while self.listener or self.children:
+        notify("READY=1")
+        while self.listener or self.children or self.elders:
             self.keep_spare()
             self.obey(self.sleep())
             self.reap()
             self.watch(time.monotonic())
 
     # Signals are data: their numbers come out of a pipe, where the loop reads them like the wake-ups of children. So
-    # nothing ever happens between two lines of this class that is not written there (signal(7), "self-pipe").
+    # nothing happens between two lines of the parent that is not written there (signal(7), signal.set_wakeup_fd).
 
     def catch_signals(self) -> None:
-        """Let each signal put its number into the pipe."""
-        for fd in (self.wake_read, self.wake_write):
-            os.set_blocking(fd, False)
+        """Let each signal put its number into the pipe; a reload has kept them blocked until here."""
         for signum in SIGNALS:
             signal.signal(signum, self.on_signal)
         signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def sleep(self) -> bytes:
         """Return the numbers of the signals that came, 0 for the wake-ups of children; after a TICK at most."""
-        if self.listener:  # level-triggered: to ask about newcomers who cannot be helped would be a busy loop
-            self.poller.register(self.listener, select.POLLIN if self.is_full() else 0)
-        self.poller.poll(TICK * 1000 if self.stop_by is None else TICK * 20)
+        seconds = TICK if self.stop_by is None and not self.options.reload else TICK / 4
+        watched = [self.wake_read]
+        if self.listener and not self.has_room():
+            wait = self.next_ask - time.monotonic()
+            if wait <= 0:  # else: newcomers who cannot be helped yet would make this a busy loop
+                watched.append(self.listener.fileno())
+            else:
+                seconds = min(seconds, wait)
+        select.select(watched, [], [], seconds)
         try:
             return os.read(self.wake_read, 4096)
         except BlockingIOError:
             return b""
 
     def obey(self, signums: bytes) -> None:
-        """Do what the signals ask."""
+        """Do what the signals ask; SIGCHLD, like 0, only ends the sleep."""
         for signum in signums:
             if signum in (signal.SIGTERM, signal.SIGINT):
                 self.stop()
+            elif signum == signal.SIGHUP:
+                self.reload()
+            elif signum == signal.SIGUSR1:
+                self.report()
 
     def on_signal(self, signum: int, frame: Any) -> None:
         """Handle a signal: in the parent the pipe has it already, in a child it concerns the connection."""
         activity = self.activity
         if activity is None:
             return
+        since = activity.times[activity.slot]
         if os.getpid() != activity.pid:  # a process that the application forked: it never asked for this handler
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         elif signum == signal.SIGTERM:
             self.finish(activity)
-        elif signum == signal.SIGALRM and FREE < activity.get_time() <= time.monotonic() - self.options.timeout:
+        elif signum == signal.SIGALRM and FREE < since <= time.monotonic() - self.options.timeout:
             raise Overdue
 
     # Birth
 
     def keep_spare(self) -> None:
         """Fork a child if none waits in accept()."""
-        while self.listener and self.free_slots and ACCEPTING not in self.times.tolist():
+        while self.listener and self.has_room() and ACCEPTING not in self.times.tolist():
             if time.monotonic() < self.resting_until:
                 return
             self.fork_child(self.free_slots.pop())
 
+    def has_room(self) -> bool:
+        """Return whether the cap allows one more child."""
+        return len(self.children) + len(self.elders) < self.options.max_connections
+
     def fork_child(self, slot: int) -> None:
-        """Fork a child for the slot. A signal that came between fork and bookkeeping would find neither side ready."""
+        """Fork a child for the slot.
+
+        Signals wait meanwhile: one that the child gets before it has left the parent's pipe would be the parent's.
+        """
         self.times[slot] = ACCEPTING
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
@@ -1352,7 +1367,8 @@ class Server:
             if pid == 0:
                 self.live(slot)
             self.children[pid] = Child(slot)
-        except OSError as error:  # EAGAIN, ENOMEM
+            self.totals["forks"] += 1
+        except OSError as error:  # EAGAIN, ENOMEM: others need the memory or the process now
             self.free_slot(slot)
             self.rest(TICK, "cannot fork: %s" % error.strerror)
         finally:
@@ -1366,7 +1382,7 @@ class Server:
     # Death
 
     def reap(self) -> None:
-        """Collect every child that has ended: until then it is a zombie, a pid and a wait status that the kernel keeps.
+        """Collect every child that has ended: until then it is a zombie, a pid and a wait status in the kernel.
 
         SIGCHLD says that some have, not how many: signals merge. So this asks until there is none, and does not block
         for those that live (waitpid(2)). A pid that is not ours was orphaned and given to us, as to any PID 1.
@@ -1378,18 +1394,23 @@ class Server:
                 return
             if pid == 0:
                 return
-            child = self.children.pop(pid, None)
-            if child:
-                self.bury(pid, child, status)
+            self.totals["reaped"] += 1
+            self.elders.discard(pid)
+            if pid == self.checker:
+                self.end_check(status)
+            elif pid in self.children:
+                self.bury(pid, self.children.pop(pid), status)
 
     def bury(self, pid: int, child: Child, status: int) -> None:
         """Free the slot of a child that was reaped, and say so if it did not end by itself."""
         was_accepting = self.times[child.slot] == ACCEPTING
+        self.totals["connections"] += self.read_note(child.slot)[0]
         if os.WIFSIGNALED(status):
-            _, client, line = NOTE.unpack_from(self.notes, child.slot * NOTE.size)
-            served = 'serving %s "%s"' % (trim(client), trim(line.partition(b"\r\n")[0]))
-            doing = "waiting" if was_accepting else served
-            log_error("child %d died of %s while %s" % (pid, signal.Signals(os.WTERMSIG(status)).name, doing))
+            self.totals["crashes"] += 1
+            name = signal.Signals(os.WTERMSIG(status)).name
+            _, _, client, line = self.read_note(child.slot)
+            doing = "waiting" if was_accepting else 'serving %s "%s"' % (client, line)
+            log_error("child %d died of %s while %s" % (pid, name, doing))
         self.free_slot(child.slot)
         if not was_accepting:
             self.failures = 0
@@ -1397,8 +1418,15 @@ class Server:
             self.failures += 1
             self.rest(min(0.01 * 2**self.failures, TICK), "a child ended before it served")
 
+    def read_note(self, slot: int) -> tuple[int, int, str, str]:
+        """Return what the child in the slot noted: connections and requests so far, and client and request-line."""
+        connections, requests, client, line = NOTE.unpack_from(self.notes, slot * NOTE.size)
+        ends = (client.partition(b"\0")[0], line.partition(b"\0")[0].partition(b"\r\n")[0])
+        return connections, requests, escape(ends[0].decode("latin-1")), escape(ends[1].decode("latin-1"))
+
     def free_slot(self, slot: int) -> None:
         """Take back a slot."""
+        NOTE.pack_into(self.notes, slot * NOTE.size, 0, 0, b"", b"")
         self.times[slot] = FREE
         self.free_slots.append(slot)
 
@@ -1407,47 +1435,56 @@ class Server:
     def watch(self, now: float) -> None:
         """Enforce what time enforces."""
         if self.stop_by is not None:
-            self.go_on_stopping(now)
-        elif self.is_full() and self.has_newcomers():
-            self.make_room()
+            self.go_on_stopping(now, self.stop_by)
+        elif now >= self.next_ask and not self.has_room() and self.has_newcomers():
+            self.make_room(now)
         if now >= self.next_tick:
             self.next_tick = now + TICK
             self.enforce_deadlines(now)
             self.retire_surplus()
-
-    def is_full(self) -> bool:
-        """Return whether the cap is reached, and no child on its way to make room."""
-        return not self.free_slots and not any(child.asked for child in self.children.values())
+        if self.options.reload and list_sources() != self.sources:
+            self.sources = list_sources()
+            self.reload()
 
     def has_newcomers(self) -> bool:
         """Return whether a connection waits in the kernel's queue."""
         return bool(self.listener and select.select([self.listener], [], [], 0)[0])
 
-    def make_room(self) -> None:
+    def make_room(self, now: float) -> None:
         """Ask the connection that has been idle longest to give way, else the busy one of the oldest request."""
-        self.say("all %d connections are taken: the idle ones give way" % self.options.max_connections)
-        times = [(self.times[child.slot], pid) for pid, child in self.children.items()]
-        idle = [entry for entry in times if entry[0] < FREE]
-        busy = [entry for entry in times if FREE < entry[0] < ACCEPTING]
+        self.say("all %d connections are taken: idle ones give way" % self.options.max_connections)
+        self.next_ask = now + 2 * LAST_CALL
+        present = [(self.times[child.slot], pid) for pid, child in self.children.items() if not child.asked]
+        idle = [entry for entry in present if entry[0] < FREE]
+        busy = [entry for entry in present if FREE < entry[0] < ACCEPTING]
         if idle or busy:
             self.ask(max(idle)[1] if idle else min(busy)[1])
 
     def ask(self, pid: int) -> None:
         """Ask a child to finish: to answer the request in hand and close, at once if it is idle."""
-        self.children[pid].asked = True
-        os.kill(pid, signal.SIGTERM)
+        if pid in self.children:
+            self.children[pid].asked = True
+        os.kill(pid, signal.SIGTERM)  # until it is reaped, the pid cannot be anybody else's
 
     def enforce_deadlines(self, now: float) -> None:
-        """Interrupt requests that made no progress for too long; kill what does not take notice."""
+        """Interrupt requests that made no progress for too long; kill what takes no notice."""
         for pid, child in self.children.items():
-            overdue = now - self.times[child.slot] - self.options.timeout
-            if not FREE < self.times[child.slot] < ACCEPTING or overdue < ALARM_SLACK:
+            since = self.times[child.slot]
+            overdue = now - since - self.options.timeout
+            if not FREE < since < ACCEPTING or overdue < ALARM_SLACK:
                 continue
+            self.totals["timeouts"] += child.alarmed != since
+            child.alarmed = since
             os.kill(pid, signal.SIGALRM if overdue < KILL_AFTER else signal.SIGKILL)
+        if self.checker and now >= self.check_by:
+            os.kill(self.checker, signal.SIGKILL)
+        if now >= self.elders_by:
+            self.kill(self.elders, "%d requests to the former program had no end: cut")
 
     def retire_surplus(self) -> None:
         """Ask a quarter of the children that wait beyond the one to leave: a burst is forgotten in some seconds."""
-        waiting = [pid for pid, child in self.children.items() if self.times[child.slot] == ACCEPTING and not child.asked]
+        present = [(pid, self.times[child.slot]) for pid, child in self.children.items() if not child.asked]
+        waiting = [pid for pid, since in present if since == ACCEPTING]
         for pid in waiting[: (len(waiting) + 2) // 4]:
             self.ask(pid)
 
@@ -1458,34 +1495,88 @@ class Server:
             self.last_said[text] = now
             log_error(text)
 
+    def kill(self, pids: Iterable[int], text: str) -> None:
+        """Kill processes that had their time."""
+        pids = list(pids)
+        if pids:
+            log_error(text % len(pids))
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+    def report(self) -> None:
+        """Print who does what to stderr."""
+        now = time.monotonic()
+        rows = [(pid, self.times[child.slot], *self.read_note(child.slot)) for pid, child in self.children.items()]
+        log_error("%7s %-9s %8s %8s  %s" % ("pid", "state", "age", "requests", "client and request"))
+        for pid, since, _, requests, client, line in sorted(rows):
+            state = "waiting" if since == ACCEPTING else "idle" if since < FREE else "busy"
+            age = "-" if since == ACCEPTING else "%.1f s" % (now - abs(since))
+            log_error("%7d %-9s %8s %8d  %s %s" % (pid, state, age, requests, client, line))
+        totals = {**self.totals, "connections": self.totals["connections"] + sum(row[2] for row in rows)}
+        log_error("in all: " + ", ".join("%d %s" % (number, name) for name, number in totals.items()))
+
     # Stop
 
     def stop(self) -> None:
         """Stop gracefully; at the second request, at once."""
         if self.stop_by is not None:
-            self.kill_children("stopped at once: %d connections cut")
+            self.stop_by = 0.0
             return
+        notify("STOPPING=1")
         self.stop_by = time.monotonic() + self.options.graceful_timeout
         if self.listener:
-            self.listener.listen(0)  # those that the kernel has taken for us are still served, further ones are not taken
+            self.listener.listen(0)  # the kernel takes no more for us; those that it has are served before the end
 
-    def go_on_stopping(self, now: float) -> None:
+    def go_on_stopping(self, now: float, stop_by: float) -> None:
         """Close the listening socket when its queue is empty, let the children finish, kill what is left at the end."""
-        if self.listener and (now >= (self.stop_by or 0) or not self.has_newcomers()):
-            self.poller.unregister(self.listener)
+        if self.listener and (now >= stop_by or not self.has_newcomers()):
             close_listener(self.listener, self.options.bind)
             self.listener = None
-            for pid in self.children:
+            for pid in (*self.children, *self.elders):
                 self.ask(pid)
-        if now >= (self.stop_by or 0):
-            self.kill_children("the graceful timeout is over: %d connections cut")
+        if now >= stop_by:
+            self.kill((*self.children, *self.elders), "out of time: %d processes cut")
 
-    def kill_children(self, text: str) -> None:
-        """Kill all children."""
-        if self.children:
-            log_error(text % len(self.children))
+    # Reload
+
+    def reload(self) -> None:
+        """Try the code as it is now, in a fresh interpreter: only if it loads there, `replace` follows."""
+        if self.checker or self.stop_by is not None:
+            return
+        self.check_by = time.monotonic() + CHECK_TIMEOUT
+        try:
+            self.checker = os.fork()
+        except OSError as error:
+            log_error("cannot reload: %s" % error.strerror)
+            return
+        if self.checker == 0:
+            signal.set_wakeup_fd(-1)
+            start_again(WEBSERVER_CHECK="1")
+
+    def end_check(self, status: int) -> None:
+        """Hear what became of the check."""
+        self.checker = 0
+        if status == 0:
+            self.replace()
+        else:
+            log_error("the new code does not load: the old code goes on")
+
+    def replace(self) -> None:
+        """Become the new program, with the same pid and the same socket, which it gets as systemd would hand it over.
+
+        What has connected meanwhile waits in the kernel's queue. The children finish and are reaped by the new program.
+        Signals stay blocked until it can hear them (sd_listen_fds(3), execve(2)).
+        """
+        if self.listener is None:
+            return
+        notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
         for pid in self.children:
-            os.kill(pid, signal.SIGKILL)
+            self.ask(pid)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        os.dup2(self.listener.fileno(), LISTEN_FD)
+        os.set_inheritable(LISTEN_FD, True)
+        children = " ".join(map(str, (*self.children, *self.elders)))
+        start_again(LISTEN_FDS="1", LISTEN_PID=str(self.pid), WEBSERVER_CHILDREN=children)
 
     # In the child
 
@@ -1498,29 +1589,34 @@ class Server:
             atexit._clear()  # what the parent registered is the parent's to run
             self.activity = Activity(self.times, self.notes, slot)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            self.serve_connections(self.activity)
+            self.serve_connections(self.activity, self.options.connections_per_child)
             status = 0
         except BaseException as error:
             log_exception(error)
         finally:
             exit_child(status)
 
-    def serve_connections(self, activity: Activity) -> None:
-        """Accept and serve as many connections as one child may."""
-        last = self.options.connections_per_child
-        for number in count(1):
-            accepted = self.accept()
-            if accepted is None:
-                return
+    def live_alone(self) -> None:
+        """The life of the one process under --no-fork, which has nothing to fork, reap or watch."""
+        self.activity = Activity(self.times, self.notes, 0)
+        signal.signal(signal.SIGTERM, self.on_signal)
+        self.serve_connections(self.activity, 0)
+
+    def serve_connections(self, activity: Activity, number: int) -> None:
+        """Accept and serve so many connections, 0 for as many as come."""
+        accepted = self.accept()
+        while accepted:
             sock, address = accepted
-            activity.connect(sock, str(address[0]) if address else "-")
+            activity.connect(sock, str(address[0]) if address else "unix")
             self.wake_parent()
-            if number == last:
-                self.leave_listener()
+            number -= 1
+            if number == 0:
+                self.leave_parent()
             self.serve(sock, address, activity)
-            if number == last:
+            if number == 0:
                 return
-            activity.accept()
+            activity.times[activity.slot] = ACCEPTING
+            accepted = self.accept()
 
     def accept(self) -> tuple[socket.socket, Any] | None:
         """Return the next connection; None when there will be none for this child."""
@@ -1530,7 +1626,7 @@ class Server:
             except (BlockingIOError, ConnectionAbortedError):
                 pass  # nobody came within a TICK, or somebody has gone again
             except OSError as error:
-                if error.errno in (errno.EBADF, errno.EINVAL):  # `finish` has closed the listener
+                if error.errno == errno.EBADF:  # `finish` has closed the listener
                     return None
                 self.say("cannot accept: %s" % error.strerror)  # EMFILE, ENFILE, ENOBUFS, ENOMEM
                 time.sleep(TICK)
@@ -1544,43 +1640,79 @@ class Server:
             except BlockingIOError:
                 pass  # the pipe is full of reasons to wake up
 
-    def leave_listener(self) -> None:
-        """Close what the child needs no more, before the application can hand it on."""
+    def leave_parent(self) -> None:
+        """Close what the child needs no more, before an application can hand it on."""
         if self.listener:
             self.listener.close()
             os.close(self.wake_write)
 
     def finish(self, activity: Activity) -> None:
-        """Accept no more, answer the request in hand, close; when idle, after LAST_CALL.
+        """Accept no more, answer the request in hand and close; when idle, after LAST_CALL.
 
-        To close the listener makes accept() fail, if it is under way, and harms nothing if it has just returned: an
-        exception raised from here would lose the connection. Likewise a shorter timeout ends the wait for a request,
+        To close the listener makes accept() fail if it is under way, and harms nothing if it has just returned: an
+        exception raised from here would lose the connection. Likewise a shorter timeout ends the wait for a request
         and does not lose one that has just come.
         """
         activity.finishing = True
         if self.listener:
             self.listener.close()
-        idle = time.monotonic() + activity.get_time()
-        if activity.sock and activity.get_time() < FREE:
+        since = activity.times[activity.slot]
+        if activity.sock and since < FREE:
             try:
-                patience = make_timeval(max(LAST_CALL - idle, 0))
+                patience = make_timeval(max(LAST_CALL - (time.monotonic() + since), 0))
                 activity.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
             except OSError:
                 pass  # closed already
 
 
-SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)
+# How this program was started, for a reload to start it again. Not as it is now: an application may have changed all.
+STARTED_IN, STARTED_WITH = os.getcwd(), dict(os.environ)
+STARTED_AS = [sys.executable, *getattr(sys, "orig_argv", [sys.executable, *sys.argv])[1:]]
+
+
+def start_again(**environ: str) -> NoReturn:
+    """Replace this process by the program as it was started, with these variables in its environment (execve(2))."""
+    try:
+        os.chdir(STARTED_IN)
+        os.execve(sys.executable, STARTED_AS, {**STARTED_WITH, **environ})
+    except OSError as error:
+        log_error("cannot start %s again: %s" % (sys.executable, error.strerror))
+    finally:
+        os._exit(1)
+
+
+def adopt_children() -> set[int]:
+    """Return the pids of the children that `replace` has left us."""
+    return set(map(int, os.environ.pop("WEBSERVER_CHILDREN", "").split()))
+
+
+def list_sources() -> dict[str, int]:
+    """Return the times of change of all source files beside imported ones, but for installed ones.
+
+    Beside them: the file that breaks an import may be one that this process has never imported.
+    """
+    files = [getattr(module, "__file__", None) or "" for module in list(sys.modules.values())]
+    folders = {os.path.dirname(os.path.abspath(file)) for file in files if file.endswith(".py")}
+    own = [f for f in folders if not f.startswith((sys.prefix, sys.base_prefix)) and os.path.isdir(f)]
+    entries = [entry for folder in own for entry in os.scandir(folder) if entry.name.endswith(".py")]
+    return {entry.path: entry.stat().st_mtime_ns for entry in entries if entry.is_file()}
+
+
+def notify(state: str) -> None:
+    """Tell the service manager that started us, if it asked to be told (sd_notify(3))."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            try:
+                sock.sendto(state.encode(), "\0" + path[1:] if path[0] == "@" else path)
+            except OSError as error:
+                log_error("cannot notify %s: %s" % (path, error.strerror))
 
 
 def make_scoreboard(slots: int) -> tuple[memoryview[float], memoryview]:
     """Return the times and the notes of so many slots, in memory that is shared over fork (mmap(2), MAP_SHARED)."""
     shared = memoryview(mmap.mmap(-1, slots * (8 + NOTE.size)))
     return shared[: slots * 8].cast("d"), shared[slots * 8 :]
-
-
-def trim(note: bytes) -> str:
-    """Return what a note holds before the first NUL, escaped."""
-    return escape(note.partition(b"\0")[0].decode("latin-1"))
 
 
 def exit_child(status: int) -> NoReturn:
@@ -1592,10 +1724,18 @@ def exit_child(status: int) -> NoReturn:
         if "threading" in sys.modules:
             sys.modules["threading"]._shutdown()
         atexit._run_exitfuncs()
-        for file in (sys.stdout, sys.stderr):
-            file.flush()
+        flush_output()
     finally:
         os._exit(status)
+
+
+def flush_output() -> None:
+    """Write out what the streams of Python hold."""
+    for file in (sys.stdout, sys.stderr):
+        try:
+            file.flush()
+        except (OSError, ValueError):
+            pass  # closed, or nobody reads it
 
 
 # ---- 11. Command line -------------------------------------------------------
@@ -1612,14 +1752,14 @@ class StartError(Exception):
         self.status = status
 
 
-def main(words: list[str] | None = None) -> int:
+def main() -> int:
     """Run the command line; return the exit status."""
+    name, options = parse_command_line(sys.argv[1:])
+    sys.path.insert(0, os.getcwd())
     try:
-        name, options = parse_command_line(sys.argv[1:] if words is None else words)
-        sys.path.insert(0, os.getcwd())
-        serve(load_application(name) if name else show_environ, **options._asdict())
+        start(partial(load_application, name), options)
     except StartError as reason:
-        sys.stderr.write("webserver.py: %s\n" % reason.sentence)
+        write_line(2, "webserver.py: " + reason.sentence)
         return reason.status
     except KeyboardInterrupt:  # before the loop, or with --no-fork
         return 130
@@ -1627,73 +1767,67 @@ def main(words: list[str] | None = None) -> int:
 
 
 def serve(application: Application, **options: Any) -> None:
-    """Serve the application until SIGTERM or SIGINT; the options are the fields of Options. Raises StartError.
+    """Serve the application until SIGTERM or SIGINT; the options are the fields of Options. Raises StartError."""
+    start(lambda: application, Options(**options))
 
-    This is where the two halves meet: the server gets a callable, and does not know what it says to the client.
+
+def start(load: Callable[[], Application], options: Options) -> None:
+    """Bind, drop privileges, load, and serve.
+
+    Here the two halves meet: the server gets one callable, and does not know what it says to the client.
     """
-    settings = check_options(Options(**options))
-    listener = open_listener(settings.bind)
+    options = check_options(options)
+    if options.check or "WEBSERVER_CHECK" in os.environ:
+        application = load()
+        print("the application loads: %r" % (application,), file=sys.stdout if options.check else sys.stderr)
+        return
+    listener = inherit_listener() or open_listener(options.bind)
+    if options.user:
+        drop_privileges(options.user)
+    elif os.geteuid() == 0:
+        log_error("running as root: let --user NAME give that up once the address is bound")
+    application = load()
     log_error("serving on %s, pid %d" % (describe_address(listener), os.getpid()))
-    server = Server(listener, partial(serve_connection, application, settings), settings)
-    for file in (sys.stdout, sys.stderr):
-        file.flush()  # else each child would flush a copy
+    server = Server(listener, partial(serve_connection, application, options), options)
+    prepare_to_fork()
+    if options.no_fork:
+        server.live_alone()
+    else:
+        server.run()
+
+
+def prepare_to_fork() -> None:
+    """Leave nothing behind that a fork would double, lose or copy for no use."""
+    threading = sys.modules.get("threading")
+    if threading and threading.active_count() > 1:
+        names = ", ".join(thread.name for thread in threading.enumerate()[1:])
+        log_error("the application has started threads, which no child will have (%s)" % names)
+    faulthandler.enable()  # the Python stack of a segfault, on stderr
+    flush_output()  # else each child would flush a copy
     gc.collect()
-    gc.freeze()  # a collection in a child would write to, and so copy, all that it inherited
-    server.run()
+    if hasattr(gc, "freeze"):
+        gc.freeze()  # a collection in a child would write to, and so copy, all that it inherited
 
 
 def parse_command_line(words: list[str]) -> tuple[str, Options]:
     """Return the name of the application, "" if there is none, and the options; exit with 2 on a mistake."""
-    default = Options()
     parser = argparse.ArgumentParser(
         prog="webserver.py", usage=argparse.SUPPRESS, allow_abbrev=False, description=USAGE, epilog=ENVIRONMENT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    add = parser.add_argument
-    add("application", nargs="?", default="", help=argparse.SUPPRESS)
-    add("-b", "--bind", metavar="ADDRESS", default=default.bind,
-        help="HOST:PORT, [::1]:PORT, :PORT (all addresses), unix:PATH or fd:N (127.0.0.1:8000)")
-    add("-c", "--max-connections", metavar="N", type=parse_count, default=default.max_connections,
-        help="connections at one time, each a process (%(default)s)")
-    add("-t", "--timeout", metavar="S", type=parse_seconds, default=default.timeout,
-        help="seconds that a request may take without progress (%(default)g)")
-    add("--keep-alive", metavar="S", type=parse_seconds, default=default.keep_alive,
-        help="seconds to wait for the next request on a connection; 0 closes after each (%(default)g)")
-    add("--graceful-timeout", metavar="S", type=parse_seconds, default=default.graceful_timeout,
-        help="seconds for requests in hand when the server stops (%(default)g)")
-    add("--connections-per-child", metavar="N", type=parse_count, default=default.connections_per_child,
-        help="connections that one process serves, one after the other; 0 is without end (%(default)s)")
-    add("--limit-request-body", metavar="BYTES", type=parse_count, default=default.limit_request_body,
-        help="largest body of a request (%(default)s)")
-    add("--access-log", choices=list(ACCESS_LOGS), default=default.access_log, help="on stdout (%(default)s)")
-    add("--no-fork", action="store_true", help="one process, one connection at a time: for a debugger")
-    add("--version", action="version", version=PRODUCT)
-    for option, sentence in FOREIGN_OPTIONS.items():
-        add(*option.split(), dest="foreign", type=partial(refuse_option, sentence), help=argparse.SUPPRESS)
+    parser.add_argument("application", nargs="?", default="", help=argparse.SUPPRESS)
+    for flags, metavar, convert, text in VALUE_OPTIONS:
+        default = getattr(Options(), flags.split()[-1][2:].replace("-", "_"))
+        text += " (%(default)s)" if default else ""
+        parser.add_argument(*flags.split(), metavar=metavar, type=convert, default=default, help=text)
+    for flag, text in SWITCHES:
+        parser.add_argument(flag, action="store_true", help=text)
+    parser.add_argument("--version", action="version", version=PRODUCT)
+    for flags, text in FOREIGN_OPTIONS:
+        parser.add_argument(*flags.split(), dest="foreign", type=partial(refuse_option, text), help=argparse.SUPPRESS)
     values = vars(parser.parse_args(words))
     del values["foreign"]
     return values.pop("application"), Options(**values)
-
-
-USAGE = """webserver.py [options] [module:app | module:factory()]
-
-A WSGI server: every connection is served by a process of its own. Without an
-application it shows a page with the environ that an application would see."""
-
-ENVIRONMENT = """In the environment: PORT, to serve on all addresses at this port."""
-
-FOREIGN_OPTIONS = {
-    "-w --workers": "there are no workers to count, every connection has its process; see --max-connections",
-    "--threads --worker-connections -k --worker-class": "a connection is a process here; see --max-connections",
-    "-p --port --host": "give the address in one: --bind HOST:PORT",
-    "--max-requests": "see --connections-per-child",
-    "--max-requests-jitter --preload --daemon -D --pid": "there is no such option, and no need for it: see --help",
-}
-
-
-def refuse_option(sentence: str, value: str) -> NoReturn:
-    """Answer an option of another server with what to do here."""
-    raise argparse.ArgumentTypeError(sentence)
 
 
 def parse_count(text: str) -> int:
@@ -1705,113 +1839,165 @@ def parse_count(text: str) -> int:
 
 def parse_seconds(text: str) -> float:
     """Return a time in seconds."""
-    if not re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", text):
+    if not re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", text, re.ASCII):
         raise argparse.ArgumentTypeError("not a number of seconds: %r" % text)
     return float(text)
 
 
+def parse_log_style(text: str) -> str:
+    """Return the name of an access log format."""
+    if text not in ("combined", "json", "off"):
+        raise argparse.ArgumentTypeError("not combined, json or off: %r" % text)
+    return text
+
+
+def refuse_option(sentence: str, value: str) -> NoReturn:
+    """Answer an option of another server with what to do here."""
+    raise argparse.ArgumentTypeError(sentence)
+
+
+USAGE = """webserver.py [options] [module:app | module:factory()]
+
+A WSGI server: every connection is served by a process of its own. Without an
+application it shows a page with the environ that an application would see."""
+
+ENVIRONMENT = """environment: PORT serves on all addresses at this port; LISTEN_FDS with LISTEN_PID,
+and NOTIFY_SOCKET, as systemd sets them."""
+
+VALUE_OPTIONS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
+    ("-b --bind", "ADDRESS", str, "HOST:PORT, [::1]:PORT, :PORT (all addresses), unix:PATH, fd:N (127.0.0.1:8000)"),
+    ("-c --max-connections", "N", parse_count, "connections at one time, each of them a process"),
+    ("-t --timeout", "S", parse_seconds, "seconds that a request may take without progress"),
+    ("--keep-alive", "S", parse_seconds, "seconds to wait for the next request on a connection, 0 for none"),
+    ("--graceful-timeout", "S", parse_seconds, "seconds for the requests in hand when the server stops or reloads"),
+    ("--connections-per-child", "N", parse_count, "connections that a process serves, one by one, 0 without end"),
+    ("--limit-request-body", "BYTES", parse_count, "the largest body of a request"),
+    ("--user", "NAME[:GROUP]", str, "run as this user once the address is bound"),
+    ("--access-log", "FORMAT", parse_log_style, "combined, json or off, on stdout"),
+)
+
+SWITCHES = (
+    ("--reload", "reload when a source file changes"),
+    ("--check", "load the application, say what was found, and exit with 0 or 1"),
+    ("--no-fork", "one process, one connection at a time, for a debugger"),
+)
+
+FOREIGN_OPTIONS = (
+    ("-w --workers", "there are none to count: every connection has a process; see --max-connections"),
+    ("--threads --worker-connections -k --worker-class", "every connection has a process; see --max-connections"),
+    ("-p --port --host", "give the address as --bind HOST:PORT"),
+    ("--max-requests", "a process ends with its connection; see --connections-per-child"),
+    ("-D --daemon --pid", "let the service manager do that"),
+)
+
+
 def check_options(options: Options) -> Options:
-    """Return the options with what follows from others; refuse those that could not work."""
+    """Return the options with what follows from the environment and from each other; refuse what cannot work."""
     for name in ("max_connections", "timeout"):
         if not getattr(options, name) > 0:
             raise StartError("--%s must be more than 0" % name.replace("_", "-"), 2)
-    if options.access_log not in ACCESS_LOGS:
-        raise StartError("--access-log is one of %s" % ", ".join(ACCESS_LOGS), 2)
     if not hasattr(os, "fork"):
-        raise StartError("this system has no fork; webserver.py needs a POSIX system")
+        raise StartError("this system has no fork: webserver.py needs a POSIX system")
     port = os.environ.get("PORT")
     bind = options.bind or (":" + port if port else "127.0.0.1:8000")
     return options._replace(bind=bind, connections_per_child=0 if options.no_fork else options.connections_per_child)
+
+
+def drop_privileges(name: str) -> None:
+    """Become another user for good: supplementary groups, group, user, in the order that each step still may."""
+    import grp
+    import pwd
+
+    user, _, group = name.partition(":")
+    try:
+        entry = pwd.getpwnam(user)
+        gid = grp.getgrnam(group).gr_gid if group else entry.pw_gid
+        if os.geteuid() != entry.pw_uid:  # else a reload: it is done
+            os.initgroups(user, gid)
+            os.setgid(gid)
+            os.setuid(entry.pw_uid)
+    except KeyError:
+        raise StartError("there is no user or group %r" % name) from None
+    except OSError as error:
+        raise StartError("cannot become %r: %s; only root can" % (name, error.strerror)) from None
 
 
 # The application
 
 
 def load_application(name: str) -> Application:
-    """Return the application of a name such as `module:app`, `package.module`, or `module:make_app()`."""
+    """Return the application of a name such as `module:app`, `package.module` or `module:make_app()`."""
+    import importlib
+
     module_name, colon, path = name.partition(":")
-    if module_name.endswith(".py") or "/" in module_name:
-        raise StartError("name the module, not the file: %s" % re.sub(r"\.py\b", "", name).replace("/", "."), 2)
-    module = import_module(module_name)
-    if not colon:
-        path = "application" if hasattr(module, "application") else "app"
-    is_factory = path.endswith("()")
-    found: Any = module
-    for attribute in path[: -2 if is_factory else None].split("."):
+    if not name:
+        return show_environ
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise StartError("not the name of a module: %r; write module:app, without .py or /" % module_name, 2)
+    try:
+        module = importlib.import_module(module_name)
+        return find_application(module, path if colon else "application" if hasattr(module, "application") else "app")
+    except StartError:
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and (module_name + ".").startswith(error.name + "."):
+            where = "%s and the installed ones" % os.getcwd()
+            raise StartError("there is no module %r: looked in %s" % (module_name, where)) from None
+        log_exception(error)
+        raise StartError("%s does not load: see the traceback above" % name) from None
+
+
+def find_application(module: Any, path: str) -> Application:
+    """Return what the dotted path leads to; with `()` at its end, what that returns."""
+    found = module
+    for attribute in (path[:-2] if path.endswith("()") else path).split("."):
         if not hasattr(found, attribute):
-            raise StartError("%s has no %r; it has %s" % (module_name, attribute, list_callables(module)))
+            raise StartError("%s has no %r; it has %s" % (module.__name__, attribute, list_callables(module)))
         found = getattr(found, attribute)
-    if is_factory and callable(found):
-        found = run_user_code(found)
+    if path.endswith("()") and callable(found):
+        found = found()
     if not callable(found):
-        raise StartError("%s is not callable, so it is no WSGI application; see %s" % (name, list_callables(module)))
+        raise StartError("%s:%s is not callable; there are %s" % (module.__name__, path, list_callables(module)))
     application: Application = found
     return application
 
 
-def import_module(name: str) -> Any:
-    """Return the module of this name, or say that there is none."""
-    import importlib
-
-    def load() -> Any:
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name and (name + ".").startswith(error.name + "."):
-                return None
-            raise
-
-    if not all(part.isidentifier() for part in name.split(".")):
-        raise StartError("not a name of a module: %r; write module:app" % name, 2)
-    module = run_user_code(load)
-    if module is None:
-        raise StartError("there is no module %r in %s nor among the installed ones" % (name, os.getcwd()))
-    return module
-
-
-def run_user_code(function: Callable[[], Any]) -> Any:
-    """Return what the function returns; a fault in it is shown as its own traceback."""
-    try:
-        return function()
-    except Exception as error:
-        log_user_exception(error)
-        raise StartError("the application could not be loaded: see the traceback above") from None
-
-
-def log_user_exception(error: BaseException) -> None:
-    """Show a traceback without the frames of the server and of the import system."""
-    import traceback
-
-    trace = error.__traceback__
-    while trace and (trace.tb_frame.f_globals is globals() or "importlib" in trace.tb_frame.f_code.co_filename):
-        trace = trace.tb_next
-    traceback.print_exception(type(error), error, trace)
-
-
 def list_callables(module: Any) -> str:
     """Return the names of the module that could be meant."""
-    own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
-    others = [n for n, v in vars(module).items() if callable(v) and not isinstance(v, type) and n not in own]
-    names = [n for n in own + others if not n.startswith("_")]
-    return "these callables: " + ", ".join(names[:12]) if names else "no callable of its own"
+    found = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+    own = [n for n in found if getattr(vars(module)[n], "__module__", module.__name__) == module.__name__]
+    return "these callables: " + ", ".join((own or found)[:12]) if found else "no callables"
 
 
 # The address
 
 
+def inherit_listener() -> socket.socket | None:
+    """Return the socket that a service manager, or a reload, has opened for us, if any (sd_listen_fds(3))."""
+    number, pid = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
+    if pid != str(os.getpid()):
+        return None
+    if number != "1":
+        raise StartError("LISTEN_FDS is %s: pass one socket" % number)
+    return open_listener("fd:%d" % LISTEN_FD)
+
+
 def open_listener(bind: str) -> socket.socket:
     """Return the listening socket for an address: HOST:PORT, :PORT, unix:PATH or fd:N."""
+    kind, _, rest = bind.partition(":")
     try:
-        if bind.startswith("fd:"):
-            listener = socket.socket(fileno=parse_descriptor(bind[3:]))
-            listener.getsockname()
-        elif bind.startswith("unix:"):
-            listener = bind_unix(bind[5:])
+        if kind == "unix":
+            listener = bind_unix(rest)
+        elif kind == "fd":
+            listener = socket.socket(fileno=int(rest) if rest.isdigit() else -1)
+            listener.set_inheritable(False)
         else:
             listener = bind_tcp(bind)
-        listener.listen(BACKLOG)
+        if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            listener.listen(BACKLOG)
     except OSError as error:
-        raise StartError("cannot listen on %s: %s%s" % (bind, error.strerror, ADVICE.get(error.errno or 0, ""))) from None
+        advice = ADVICE.get(error.errno or 0, "")
+        raise StartError("cannot listen on %s: %s%s" % (bind, error.strerror, advice)) from None
     listener.setblocking(True)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, make_timeval(TICK))  # accept() returns to look around
     if hasattr(socket, "TCP_DEFER_ACCEPT") and listener.family != socket.AF_UNIX:
@@ -1821,30 +2007,28 @@ def open_listener(bind: str) -> socket.socket:
 
 
 ADVICE = {
-    errno.EADDRINUSE: "; another program listens there: stop it, or choose another port with --bind",
-    errno.EACCES: "; take a port from 1024 on, or a path that you may write to",
-    errno.EPERM: "; take a port from 1024 on",
+    errno.EADDRINUSE: "; another program listens there: stop it, or choose another address with --bind",
+    errno.EACCES: "; choose a port from 1024 on, or a path that you may write to",
     errno.EADDRNOTAVAIL: "; this machine has no such address",
-    errno.ENOTSOCK: "; it is not a socket",
-    errno.EBADF: "; nothing was inherited under this number",
+    errno.ENOTSOCK: "; what was inherited there is no socket",
+    errno.EBADF: "; nothing was inherited there",
 }
 
 
 def bind_tcp(bind: str) -> socket.socket:
-    """Return a socket bound to HOST:PORT, or to all addresses of both families if there is no host."""
-    host, colon, port = bind.rpartition(":")
-    if not colon or not (port.isascii() and port.isdigit()) or int(port) > 65535 or host.count("[") != host.count("]"):
+    """Return a socket bound to HOST:PORT; without a host, to all addresses of both families."""
+    match = re.fullmatch(r"(\[[^\[\]]+\]|[^\[\]:]*):([0-9]{1,5})", bind, re.ASCII)
+    if not match or int(match.group(2)) > 65535:
         raise StartError("not an address: %r; write HOST:PORT, [::1]:PORT, :PORT, unix:PATH or fd:N" % bind, 2)
-    if host.count(":") and not host.startswith("["):
-        raise StartError("write the IPv6 address in brackets: [%s]:%s" % (host, port), 2)
+    host, port = match.group(1).strip("[]"), int(match.group(2))
     is_dual = not host and socket.has_dualstack_ipv6()
     try:
-        found = socket.getaddrinfo("::" if is_dual else host.strip("[]") or "0.0.0.0", int(port), type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo("::" if is_dual else host or "0.0.0.0", port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
-        raise StartError("there is no host %r; use an address of this machine" % host, 2) from None
+        raise StartError("there is no host %r; choose an address of this machine" % host, 2) from None
     family, kind, protocol, _, address = found[0]
     listener = socket.socket(family, kind, protocol)
-    # A port where the connections of a former server are still in TIME_WAIT is free for us (socket(7)).
+    # A port where connections of a former server are still in TIME_WAIT is free for us (socket(7)).
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if family == socket.AF_INET6:
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if is_dual else 1)
@@ -1853,7 +2037,7 @@ def bind_tcp(bind: str) -> socket.socket:
 
 
 def bind_unix(path: str) -> socket.socket:
-    """Return a socket bound to a path; a socket file that nobody listens at any more is replaced."""
+    """Return a socket bound to a path; a socket file that nobody listens at any more is replaced (unix(7))."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
         try:
@@ -1865,33 +2049,24 @@ def bind_unix(path: str) -> socket.socket:
     return listener
 
 
-def parse_descriptor(text: str) -> int:
-    """Return the number of an inherited descriptor."""
-    if not (text.isascii() and text.isdigit()):
-        raise StartError("not a descriptor: %r; write fd:N" % text, 2)
-    return int(text)
+def close_listener(listener: socket.socket, bind: str) -> None:
+    """Close the listening socket, and remove its socket file if we made it."""
+    listener.close()
+    if bind.startswith("unix:"):
+        try:
+            os.unlink(bind[5:])
+        except OSError:
+            pass  # somebody was faster, or we may no more
 
 
 def describe_address(listener: socket.socket) -> str:
     """Return the address as one that a person can click."""
-    address = listener.getsockname()
     if listener.family == socket.AF_UNIX:
-        return "unix:%s" % address
-    host, port = address[:2]
+        return "unix:%s" % listener.getsockname()
+    host, port = listener.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         return "http://localhost:%d/ (all addresses)" % port
     return "http://%s:%d/" % ("[%s]" % host if ":" in host else host, port)
-
-
-def close_listener(listener: socket.socket, bind: str) -> None:
-    """Close the listening socket, and remove its socket file if we made it."""
-    path = listener.getsockname() if listener.family == socket.AF_UNIX else ""
-    listener.close()
-    if path and bind == "unix:" + path:
-        try:
-            os.unlink(path)
-        except OSError:
-            pass  # somebody was faster
 
 
 # The page without an application
@@ -1901,30 +2076,28 @@ def show_environ(environ: Environ, start_response: StartResponse) -> list[bytes]
     """The application that is served when none is named: who answered, and what an application sees."""
     from html import escape as escape_html
 
-    facts = "process %d, request %d on this connection" % (os.getpid(), environ["webserver.request_number"])
+    number = environ["webserver.request_number"]
+    facts = "%s, process %d, request %d on this connection" % (PRODUCT, os.getpid(), number)
     rows = [(key, repr(value)) for key, value in sorted(environ.items())]
     if "text/html" in environ.get("HTTP_ACCEPT", ""):
-        kind, cells = "text/html", "<tr><th>%s<td>%s"
-        table = "\n".join(cells % (escape_html(key), escape_html(value)) for key, value in rows)
-        text = PAGE % (escape_html(PRODUCT), escape_html(facts), table)
+        table = "\n".join("<tr><th>%s<td>%s" % (escape_html(key), escape_html(value)) for key, value in rows)
+        kind, text = "text/html", PAGE % (escape_html(facts), table)
     else:
-        kind = "text/plain"
-        text = "%s: %s\n\n%s\n" % (PRODUCT, facts, "\n".join("%s = %s" % row for row in rows))
-    body = text.encode("utf-8", "backslashreplace")
-    start_response("200 OK", [("Content-Type", kind + "; charset=utf-8"), ("Content-Length", str(len(body)))])
-    return [body]
+        kind, text = "text/plain", "%s\n\n%s\n" % (facts, "\n".join("%s = %s" % row for row in rows))
+    start_response("200 OK", [("Content-Type", kind + "; charset=utf-8")])
+    return [text.encode("utf-8", "backslashreplace")]
 
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>It works</title>
 <style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 3rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; width: 100%%; font: 14px/1.5 ui-monospace, monospace }
-th { text-align: left; font-weight: 600; padding: .2rem 1rem .2rem 0; vertical-align: top; white-space: nowrap }
+table { border-collapse: collapse; width: 100%%; font: 14px/1.6 ui-monospace, monospace }
+th { text-align: left; padding-right: 1.5rem; vertical-align: top; white-space: nowrap }
 td { overflow-wrap: anywhere } tr { border-top: 1px solid #ddd }
 </style>
 <h1>It works</h1>
-<p>%s: %s. This is the environ that an application would have seen:</p>
+<p>%s. An application would have seen this environ:</p>
 <table>
 %s
 </table>
