@@ -142,11 +142,9 @@ quoted_string = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-
 # request-line = method SP request-target SP HTTP-version (RFC 9112 §3); a target is visible US-ASCII
 REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % token)
 
-# origin-form = absolute-path [ "?" query ] (RFC 9112 §3.2.1); browsers send more than RFC 3986 allows, but no fragment
-ORIGIN_FORM = re.compile(rb"(/[^?#]*)(?:\?([^#]*))?")
-
-# absolute-form = absolute-URI (RFC 9112 §3.2.2), of the schemes that come over HTTP
-ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^/?#]*)(/[^?#]*)?(?:\?([^#]*))?")
+# origin-form = absolute-path [ "?" query ], or absolute-form with a scheme that comes over HTTP (RFC 9112 §3.2);
+# browsers send more characters than RFC 3986 allows, but never a fragment
+TARGET = re.compile(rb"(?:(?i:https?)://([^/?#]*))?(/[^?#]*)?(?:\?([^#]*))?")
 
 # pct-encoded = "%" HEXDIG HEXDIG (RFC 3986 §2.1); this pattern finds those that are broken
 BROKEN_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
@@ -180,41 +178,38 @@ HOP_BY_HOP_FIELDS = frozenset((
     "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
     "transfer-encoding", "upgrade",
 ))  # fmt: skip
-# Fields of a response that decide what the server itself adds
-DECIDING_FIELDS = frozenset(("connection", "content-length", "date", "server"))
 
 
 # ---- 4. Stream --------------------------------------------------------------
 # The connected socket, and the bytes that were received but not consumed. Nothing else in the upper half receives or
 # sends. Deadlines of waiting are the kernel's: SO_RCVTIMEO and SO_SNDTIMEO (socket(7)) cost nothing where bytes flow.
 
-ACCEPTING = float("inf")  # the time in a slot of the scoreboard, when its process waits for a connection
-FREE = 0.0  # and when there is no process
-NOTE = struct.Struct("=II44s204s")  # connections and requests so far, the client, the head's first bytes
+ACCEPTING = float("inf")  # the time in a slot of the scoreboard while its process waits for a connection
+FREE = 0.0  # and while there is no process
+NOTE = struct.Struct("=II44s204s")  # connections and requests so far, the client, the first bytes of the head
 
 
 class Activity:
-    """Owns one process's slot in the memory it shares: since when it waits or works, for which client, at what.
+    """Owns one slot in the memory that processes share: since when this one waits or works, for whom, at what.
 
-    The time is negative while the connection is idle, positive while a request is in hand and ACCEPTING while there is
-    no connection. It is one aligned double: written and read in one piece, without a lock.
+    The time is negative while the connection is idle, positive while a request is in hand. It is one aligned double,
+    written and read in one piece, without a lock.
     """
 
-    __slots__ = ("client", "connections", "finishing", "notes", "offset", "pid", "requests", "slot", "sock", "times")
+    __slots__ = ("client", "connections", "is_finishing", "notes", "requests", "slot", "sock", "times")
 
     def __init__(self, times: memoryview[float], notes: memoryview, slot: int) -> None:
-        self.times, self.notes, self.slot, self.offset = times, notes, slot, slot * NOTE.size
-        self.pid = os.getpid()
+        self.times, self.notes, self.slot = times, notes, slot
         self.sock: socket.socket | None = None
         self.client = b""
         self.connections = self.requests = 0
-        self.finishing = False  # the process was asked to close its connection as soon as it may
+        self.is_finishing = False  # the process was asked to close its connection as soon as it may
 
     def connect(self, sock: socket.socket, client: str) -> None:
         """A connection has come."""
         self.sock, self.client = sock, client.encode("ascii", "replace")
         self.connections += 1
-        NOTE.pack_into(self.notes, self.offset, self.connections, self.requests, self.client, b"")
+        NOTE.pack_into(self.notes, self.slot * NOTE.size, self.connections, self.requests, self.client, b"")
         self.wait()
 
     def wait(self) -> None:
@@ -224,7 +219,7 @@ class Activity:
     def work(self, head: bytes) -> float:
         """A request is in hand; return the time."""
         self.requests += 1
-        NOTE.pack_into(self.notes, self.offset, self.connections, self.requests, self.client, head)
+        NOTE.pack_into(self.notes, self.slot * NOTE.size, self.connections, self.requests, self.client, head)
         now = self.times[self.slot] = time.monotonic()
         return now
 
@@ -236,15 +231,14 @@ class Activity:
 class Stream:
     """Owns a connected socket and the bytes received from it but not yet consumed.
 
-    Its methods raise ClientGoneError when there is no client any more, and those that receive TimeoutError when nothing
-    comes within the time that set_patience gave.
+    What it does with the socket raises ClientGoneError when there is no client any more; what receives raises
+    TimeoutError when nothing comes within the time that set_patience gave.
     """
 
     __slots__ = ("activity", "patience", "pending", "sock")
 
     def __init__(self, sock: socket.socket, activity: Activity, send_timeout: float) -> None:
-        self.sock = sock
-        self.activity = activity
+        self.sock, self.activity = sock, activity
         self.pending = b""
         self.patience = 0.0
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, make_timeval(send_timeout))
@@ -253,7 +247,7 @@ class Stream:
 
     def set_patience(self, seconds: float) -> None:
         """Let a receive wait so long at most."""
-        if seconds != self.patience or self.activity.finishing:  # a signal may have set LAST_CALL meanwhile
+        if seconds != self.patience or self.activity.is_finishing:  # a signal may have shortened it meanwhile
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, make_timeval(seconds))
             self.patience = seconds
 
@@ -282,50 +276,55 @@ class Stream:
         return received
 
     def read_line(self, limit: int) -> bytes:
-        """Return the next line without its CRLF (RFC 9112 §2.2); HTTPError when it is longer or ends in a bare LF."""
-        while b"\n" not in self.pending:
-            if len(self.pending) > limit + 1:
-                break
+        """Return the next line without its CRLF (RFC 9112 §2.2); HTTPError if it is too long or ends in a bare LF."""
+        while b"\n" not in self.pending and len(self.pending) <= limit + 1:
             received = self.receive()
             if not received:
                 raise HTTPError(400, "the client closed inside the chunked body")
             self.pending += received
             self.activity.renew()
-        line, newline, rest = self.pending.partition(b"\n")
+        line, newline, self.pending = self.pending.partition(b"\n")
         if not newline or len(line) > limit + 1:
             raise HTTPError(400, "too long a line in the chunked body")
         if not line.endswith(b"\r"):
             raise HTTPError(400, "a bare LF in the chunked body")
-        self.pending = rest
         return line[:-1]
 
-    def send(self, *parts: bytes) -> None:
-        """Send the parts in order, all of them."""
+    def send(self, data: bytes) -> None:
+        """Send the data, all of it."""
         try:
-            total = sum(map(len, parts))
-            sent = self.sock.send(b"".join(parts)) if total <= JOIN_SIZE else self.sock.sendmsg(parts)
-            while sent < total:  # the kernel took a part, and then none for as long as SO_SNDTIMEO
+            sent = self.sock.send(data)
+            while sent < len(data):  # each send takes a part, or fails after SO_SNDTIMEO
                 self.activity.renew()
-                sent += self.sock.send(memoryview(b"".join(parts))[sent:])
+                sent += self.sock.send(memoryview(data)[sent:])
         except OSError as error:
             raise ClientGoneError from error
+
+    def send_parts(self, *parts: bytes) -> None:
+        """Send large parts, without a copy of all of them."""
+        try:
+            sent = self.sock.sendmsg(parts)
+        except OSError as error:
+            raise ClientGoneError from error
+        if sent < sum(map(len, parts)):
+            self.send(b"".join(parts)[sent:])
 
     def send_file(self, fd: int, offset: int, size: int) -> int:
         """Send so many bytes of a regular file by sendfile(2); return how many there were."""
-        end = offset + size
+        sent = 0
         try:
-            while offset < end:
-                sent = os.sendfile(self.sock.fileno(), fd, offset, min(end - offset, SENDFILE_SIZE))
-                if not sent:
+            while sent < size:
+                taken = os.sendfile(self.sock.fileno(), fd, offset + sent, min(size - sent, SENDFILE_SIZE))
+                if not taken:
                     break
-                offset += sent
+                sent += taken
                 self.activity.renew()
         except OSError as error:
             raise ClientGoneError from error
-        return size - (end - offset)
+        return sent
 
     def linger(self) -> None:
-        """End our side, then read and drop what still comes: bytes unread at close would reset the answer away.
+        """End our side, then read and drop what still comes: a close with bytes unread would reset the answer away.
 
         (RFC 9112 §9.6)
         """
@@ -335,7 +334,7 @@ class Stream:
             self.set_patience(LINGER_SILENCE)
             waste = bytearray(RECEIVE_SIZE)
             deadline = time.monotonic() + LINGER_TIMEOUT
-            while self.sock.recv_into(waste) and time.monotonic() < deadline and not self.activity.finishing:
+            while self.sock.recv_into(waste) and time.monotonic() < deadline and not self.activity.is_finishing:
                 pass
         except OSError:
             pass  # silent or gone: either way it is over
@@ -347,7 +346,7 @@ class Stream:
 
 
 def make_timeval(seconds: float) -> bytes:
-    """Return the struct timeval of socket(7); the kernel takes 0 for "no timeout", so nothing is as short as that."""
+    """Return the struct timeval of socket(7); 0 would mean "no timeout", so nothing is as short as that."""
     return struct.pack("@ll", int(seconds), max(int(seconds % 1 * 1e6), 1))
 
 
@@ -359,31 +358,21 @@ def make_timeval(seconds: float) -> bytes:
 
 
 class Request(NamedTuple):
-    """The head of a request, checked."""
+    """The head of a request, checked. As it is without values, it stands for a head that could not be read."""
 
-    method: str
-    target: str  # as it was received
-    path: str  # percent-decoded, each byte as the latin-1 character that PEP 3333 wants
-    query: str  # raw
-    version: str
-    fields: dict[str, str]  # names in lower case, each once
-    length: int | None  # of the message body; None if it is chunked
-    is_persistent: bool
-    expects_continue: bool
-
-
-UNREADABLE = Request("", "", "", "", "HTTP/1.1", {}, 0, is_persistent=False, expects_continue=False)
+    method: str = ""
+    target: str = ""  # as it was received
+    authority: str | None = None  # of an absolute target
+    path: str = ""  # percent-decoded, each byte as the latin-1 character that PEP 3333 wants
+    query: str = ""  # raw
+    version: str = "HTTP/1.1"
+    fields: dict[str, str] = {}  # names in lower case, each once
+    length: int | None = 0  # of the message body; None if it is chunked
+    is_persistent: bool = False
+    expects_continue: bool = False
 
 
-class RequestLine(NamedTuple):
-    """The first line of a request; the authority of an absolute target, else None."""
-
-    method: str
-    target: str
-    authority: str | None
-    path: str
-    query: str
-    version: str
+NO_REQUEST = Request()
 
 
 def read_head(stream: Stream, patience: float, seconds: float) -> bytes:
@@ -397,49 +386,39 @@ def read_head(stream: Stream, patience: float, seconds: float) -> bytes:
         data = stream.pending or stream.receive()
     except TimeoutError:
         return b""
-    if not data:
-        return b""
-    start, end = find_head(data)
-    if end < 0:
-        data = read_rest_of_head(stream, data, time.monotonic() + seconds)
-        start, end = find_head(data)
-    stream.pending = data[end + 4 :]
-    return data[start : end + 4]
-
-
-def find_head(data: bytes) -> tuple[int, int]:
-    """Return where the head in the data starts, and where its last line ends, or -1."""
-    start = 2 if data.startswith(b"\r\n") else 0  # one empty line is tolerated before it (RFC 9112 §2.2)
-    return start, data.find(b"\r\n\r\n", start)
+    if b"\r\n\r\n" not in data:
+        data = data and read_rest_of_head(stream, data, time.monotonic() + seconds)
+    head, end, stream.pending = data.partition(b"\r\n\r\n")
+    return head + end
 
 
 def read_rest_of_head(stream: Stream, data: bytes, deadline: float) -> bytes:
     """Return the data with what still had to come for a whole head; HTTPError if it does not come by the deadline."""
     checked = 0
-    while True:
+    while b"\r\n\r\n" not in data:
         stream.pending = data  # for the log, should it be refused
-        start, end = find_head(data)
-        if end >= 0:
-            return data
-        check_partial_head(data[start:], checked)
-        checked = len(data) - start - 1
+        check_partial_head(data, checked)
+        checked = len(data) - 1
         stream.set_patience(max(deadline - time.monotonic(), 0.001))
         try:
             received = stream.receive()
         except TimeoutError:
             raise HTTPError(408, "the head was not complete in time") from None
+        if not received and data == b"\r\n":
+            return b""
         if not received:
             raise HTTPError(400, "the client closed inside the head")
         data += received
+    return data
 
 
 def check_partial_head(data: bytes, checked: int) -> None:
-    """Refuse at once, and not at the deadline, what no further byte can mend; the first bytes were checked before."""
+    """Refuse at once, and not at the deadline, what no further byte can mend; so many bytes were checked before."""
     if data.startswith(b"\x16\x03"):
         raise HTTPError(400, "a TLS handshake on a port without TLS")
-    if BAD_HEAD_BYTE.search(data, max(checked, 0)):
+    if BAD_HEAD_BYTE.search(data, checked):
         raise HTTPError(400, "a control byte or a bare CR or LF in the head")
-    if len(data) > MAX_REQUEST_LINE + 1 and b"\r\n" not in data[: MAX_REQUEST_LINE + 2]:
+    if len(data) > MAX_REQUEST_LINE + 3 and b"\r\n" not in data[2 : MAX_REQUEST_LINE + 4]:
         raise HTTPError(414, "a request-line that does not end")
     if len(data) > MAX_HEAD:
         raise HTTPError(431, "a head that does not end")
@@ -447,32 +426,31 @@ def check_partial_head(data: bytes, checked: int) -> None:
 
 def parse_head(head: bytes) -> Request:
     """Return the request that these bytes are, from the request-line to the empty line."""
-    first, *lines = head[:-4].split(b"\r\n")
-    line = parse_request_line(first)
-    if len(lines) > MAX_FIELDS:
-        raise HTTPError(431, "too many field lines")
     if len(head) > MAX_HEAD:
         raise HTTPError(431, "too large a head")
-    fields: dict[str, str] = {}
-    for field_line in lines:
-        name, value = parse_field_line(field_line)
-        if name in fields:
-            fields[name] = join_values(name, fields[name], value)
-        elif "_" not in name:  # in the environ it would pass for the name with a hyphen
-            fields[name] = value
-    fix_host(line, fields)
+    start = 2 if head.startswith(b"\r\n") else 0  # one empty line before a request-line is tolerated (RFC 9112 §2.2)
+    line, *lines = head[start:-4].split(b"\r\n")
+    request = parse_request_line(line)
+    fields = parse_fields(lines)
+    host = fields.get("host")
+    if host is None and request.version != "HTTP/1.0":
+        raise HTTPError(400, "no Host")
+    if host is not None:
+        check_host(host.encode("latin-1"), "an invalid Host")
+    if request.authority is not None:
+        fields["host"] = request.authority  # RFC 9112 §3.2.2
     options = parse_list(fields.get("connection", ""))
-    return Request(
-        line.method, line.target, line.path, line.query, line.version, fields,
-        length=parse_framing(line.version, fields),
-        is_persistent="close" not in options and (line.version != "HTTP/1.0" or "keep-alive" in options),
-        expects_continue=parse_expect(line.version, fields),
-    )  # fmt: skip
+    return request._replace(
+        fields=fields,
+        length=parse_framing(request.version, fields),
+        is_persistent="close" not in options and (request.version != "HTTP/1.0" or "keep-alive" in options),
+        expects_continue=parse_expect(request.version, fields),
+    )
 
 
 @lru_cache(maxsize=256)
-def parse_request_line(line: bytes) -> RequestLine:
-    """Return the parts of a request-line (RFC 9112 §3)."""
+def parse_request_line(line: bytes) -> Request:
+    """Return the request as far as its first line tells (RFC 9112 §3)."""
     if len(line) > MAX_REQUEST_LINE:
         raise HTTPError(414, "too long a request-line")
     match = REQUEST_LINE.fullmatch(line)
@@ -485,26 +463,41 @@ def parse_request_line(line: bytes) -> RequestLine:
         raise HTTPError(501, "CONNECT is for proxies")
     authority, path, query = parse_target(method, target)
     version = "HTTP/1.0" if minor == b"0" else "HTTP/1.1"  # a higher minor version is answered as 1.1 (RFC 9110 §2.5)
-    return RequestLine(method.decode(), target.decode(), authority, path, query, version)
+    return Request(method.decode(), target.decode(), authority, path, query, version)
 
 
 def parse_target(method: bytes, target: bytes) -> tuple[str | None, str, str]:
     """Return the authority, the path and the query of a request-target in one of its forms (RFC 9112 §3.2)."""
     if target == b"*" and method == b"OPTIONS":
         return None, "", ""
-    origin, absolute = ORIGIN_FORM.fullmatch(target), ABSOLUTE_FORM.fullmatch(target)
-    if origin:
-        authority, (path, query) = None, origin.groups()
-    elif absolute:
-        authority, path, query = absolute.groups()
-        check_host(authority, "an invalid authority in the request-target")
-        path = path or (b"" if method == b"OPTIONS" else b"/")  # RFC 9112 §3.2.4
-    else:
+    match = TARGET.fullmatch(target)
+    if not match or match.groups()[:2] == (None, None):
         raise HTTPError(400, "a malformed request-target")
+    authority, path, query = match.groups()
+    if authority is not None:
+        check_host(authority, "an invalid authority in the request-target")
+        authority = authority.decode()
+    path = path or (b"" if method == b"OPTIONS" else b"/")  # RFC 9112 §3.2.4
     if BROKEN_ESCAPE.search(path):
         raise HTTPError(400, "a broken percent-escape in the path")
-    text = None if authority is None else authority.decode()
-    return text, unquote_to_bytes(path).decode("latin-1"), (query or b"").decode()
+    return authority, unquote_to_bytes(path).decode("latin-1"), (query or b"").decode()
+
+
+def parse_fields(lines: list[bytes]) -> dict[str, str]:
+    """Return the fields by name, repeated ones joined (RFC 9110 §5.3)."""
+    if len(lines) > MAX_FIELDS:
+        raise HTTPError(431, "too many field lines")
+    fields: dict[str, str] = {}
+    for line in lines:
+        name, value = parse_field_line(line)
+        if "_" in name:
+            continue  # in the environ it would pass for the name with a hyphen
+        if name in fields:
+            if name in SINGLETON_FIELDS:
+                raise HTTPError(400, "a second " + name.title())
+            value = fields[name] + ("; " if name == "cookie" else ", ") + value
+        fields[name] = value
+    return fields
 
 
 @lru_cache(maxsize=1024)
@@ -523,39 +516,21 @@ def parse_field_line(line: bytes) -> tuple[str, str]:
     return name.decode().lower(), value.decode("latin-1")
 
 
-def join_values(name: str, first: str, second: str) -> str:
-    """Return the one value of a field that was sent on two lines (RFC 9110 §5.3)."""
-    if name in SINGLETON_FIELDS:
-        raise HTTPError(400, "more than one " + name.title())
-    return first + ("; " if name == "cookie" else ", ") + second
-
-
 def parse_list(value: str) -> list[str]:
     """Return the members of a list, in lower case and without the empty ones (RFC 9110 §5.6.1)."""
     return [member for member in (part.strip(" \t").lower() for part in value.split(",")) if member]
 
 
-def fix_host(line: RequestLine, fields: dict[str, str]) -> None:
-    """Check Host, and let the authority of an absolute target replace it (RFC 9112 §3.2)."""
-    host = fields.get("host")
-    if host is None and line.version != "HTTP/1.0":
-        raise HTTPError(400, "no Host")
-    if host is not None:
-        check_host(host.encode("latin-1"), "an invalid Host")
-    if line.authority is not None:
-        fields["host"] = line.authority
-
-
 def check_host(host: bytes, detail: str) -> None:
     """Refuse what is not uri-host [ ":" port ]; an http URI has no empty host (RFC 9110 §4.2.1)."""
     match = HOST.fullmatch(host)
+    try:
+        if match and match.group(1):
+            socket.inet_pton(socket.AF_INET6, match.group(1).decode())
+    except OSError:
+        match = None
     if not match:
         raise HTTPError(400, detail)
-    if match.group(1):
-        try:
-            socket.inet_pton(socket.AF_INET6, match.group(1).decode())
-        except OSError:
-            raise HTTPError(400, detail) from None
 
 
 def parse_framing(version: str, fields: dict[str, str]) -> int | None:
@@ -581,7 +556,7 @@ def parse_framing(version: str, fields: dict[str, str]) -> int | None:
 def parse_content_length(value: str, fields: dict[str, str]) -> int:
     """Return the Content-Length; repeats of it must agree and become one (RFC 9110 §8.6)."""
     digits, *repeats = (part.strip(" \t") for part in value.split(","))
-    if not (digits.isascii() and digits.isdigit()) or any(repeat != digits for repeat in repeats):  # no + - _ or space
+    if not (digits.isascii() and digits.isdigit()) or any(repeat != digits for repeat in repeats):  # not int(): + - _
         raise HTTPError(400, "an invalid Content-Length")
     if len(digits.lstrip("0")) > 18:
         raise HTTPError(413, "a Content-Length beyond all bounds")
@@ -614,13 +589,13 @@ class Body(io.RawIOBase):
         self.stream = stream
         self.is_chunked = request.length is None  # until the last chunk
         self.remaining = request.length or 0  # of the body, or of the chunk in hand
+        self.limit = limit - self.remaining  # what further chunks may hold
         self.awaits_continue = request.expects_continue  # until we send anything or the client does
-        self.ahead = b""  # read by `collect`, for the application to read first
+        self.ahead = b""  # what `collect` has read, for the application to read first
         self.failure: HTTPError | None = None
-        self.limit = limit  # what further chunks may hold
         self.extensions = 0  # bytes of chunk extensions so far
-        self.is_first_chunk = True
-        if self.remaining > limit:
+        self.is_inside = False  # the line end behind a chunk is still to come
+        if self.limit < 0:
             raise HTTPError(413, "a Content-Length over the limit")
 
     def readable(self) -> bool:
@@ -633,14 +608,13 @@ class Body(io.RawIOBase):
             taken, self.ahead = self.ahead[: len(buffer)], self.ahead[len(buffer) :]
             buffer[: len(taken)] = taken
             return len(taken)
-        if self.failure:
-            raise self.failure
-        try:
-            return self.receive_into(buffer)
-        except TimeoutError:
-            self.failure = HTTPError(408, "the message body did not arrive in time")
-        except HTTPError as failure:
-            self.failure = failure
+        if not self.failure:
+            try:
+                return self.receive_into(buffer)
+            except TimeoutError:
+                self.failure = HTTPError(408, "the message body did not arrive in time")
+            except HTTPError as failure:
+                self.failure = failure
         raise self.failure
 
     def readall(self) -> bytes:
@@ -649,7 +623,10 @@ class Body(io.RawIOBase):
 
     def receive_into(self, buffer: Any) -> int:
         """Fill the buffer from the stream; return 0 at the end of the body."""
-        self.invite()
+        if self.awaits_continue:
+            self.awaits_continue = False
+            if not self.stream.pending:  # else its body comes already (RFC 9110 §10.1.1)
+                self.stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         if self.is_chunked and not self.remaining:
             self.read_chunk_line()
         if not self.remaining:
@@ -660,25 +637,19 @@ class Body(io.RawIOBase):
         self.remaining -= received
         return received
 
-    def invite(self) -> None:
-        """Send the 100 (Continue) that the client waits for, unless its body comes already (RFC 9110 §10.1.1)."""
-        if self.awaits_continue and not self.stream.pending:
-            self.stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.awaits_continue = False
-
     def read_chunk_line(self) -> None:
-        """Read the line before the next chunk, and the one that ends the chunk before (RFC 9112 §7.1)."""
-        if not self.is_first_chunk and self.stream.read_line(MAX_CHUNK_LINE):
+        """Read the end of the chunk before and the line before the next (RFC 9112 §7.1)."""
+        if self.is_inside and self.stream.read_line(MAX_CHUNK_LINE):
             raise HTTPError(400, "a chunk longer than its chunk-size")
-        self.is_first_chunk = False
         match = CHUNK_LINE.fullmatch(self.stream.read_line(MAX_CHUNK_LINE))
         if not match:
             raise HTTPError(400, "a malformed chunk-size or chunk extension")
+        self.is_inside = True
         self.remaining = int(match.group(1), 16)
         self.extensions += len(match.group(2))
+        self.limit -= self.remaining
         if self.extensions > MAX_CHUNK_EXTENSIONS:
             raise HTTPError(400, "too many chunk extensions")
-        self.limit -= self.remaining
         if self.limit < 0:
             raise HTTPError(413, "a chunked body over the limit")
         if not self.remaining:
@@ -709,12 +680,10 @@ class Body(io.RawIOBase):
 
     def drain(self) -> bool:
         """Read what the application left; return whether that was the end, so that a next request can follow."""
-        if self.awaits_continue or self.failure or (not self.is_chunked and self.remaining > MAX_DRAINED):
-            return False
-        waste = bytearray(MAX_DRAINED)
-        left = MAX_DRAINED
+        left = -1 if self.awaits_continue or self.failure else MAX_DRAINED
+        waste = bytearray(RECEIVE_SIZE)
         try:
-            while left > 0:
+            while left >= max(self.remaining, 0):
                 received = self.receive_into(waste)
                 if not received:
                     return True
@@ -729,38 +698,21 @@ class Body(io.RawIOBase):
 # the environ is a copy of both, which the application may change as it likes.
 
 
-def make_request_environ(request: Request) -> Environ:
-    """Return what the head tells: the CGI variables, and every field as HTTP_*."""
-    environ: Environ = {
-        "REQUEST_METHOD": request.method,
-        "REQUEST_URI": request.target,
-        "PATH_INFO": request.path,
-        "QUERY_STRING": request.query,
-        "SERVER_PROTOCOL": request.version,
-    }
-    for name, value in request.fields.items():
-        environ["HTTP_" + name.upper().replace("-", "_")] = value
-    for name in ("CONTENT_TYPE", "CONTENT_LENGTH"):
-        if "HTTP_" + name in environ:
-            environ[name] = environ.pop("HTTP_" + name)
-    environ.pop("HTTP_TRANSFER_ENCODING", None)  # undone here; Bottle would undo it once more
-    return environ
-
-
 def make_connection_environ(sock: socket.socket, address: Any, is_multiprocess: bool) -> Environ:
-    """Return what every request of a connection shares."""
+    """Return what all requests of a connection share."""
     is_unix = sock.family == socket.AF_UNIX
     server, port = ("localhost", 80) if is_unix else sock.getsockname()[:2]
     client, client_port = ("", "") if is_unix else address[:2]
     return {
         "SCRIPT_NAME": "",
-        "SERVER_NAME": plain_address(server),
+        "SERVER_NAME": strip_mapping(server),
         "SERVER_PORT": str(port),
         "SERVER_SOFTWARE": PRODUCT,
-        "REMOTE_ADDR": plain_address(client),
+        "REMOTE_ADDR": strip_mapping(client),
         "REMOTE_PORT": str(client_port),
         "wsgi.version": (1, 0),
         "wsgi.url_scheme": "http",
+        "wsgi.input": make_empty_input(),
         "wsgi.errors": sys.stderr,
         "wsgi.multithread": False,
         "wsgi.multiprocess": is_multiprocess,
@@ -770,29 +722,263 @@ def make_connection_environ(sock: socket.socket, address: Any, is_multiprocess: 
     }
 
 
-def plain_address(address: str) -> str:
-    """Return an IPv4 address that came through a socket for both families as what it is."""
+def strip_mapping(address: str) -> str:
+    """Return an IPv4 address that came through a socket for both families as what it is (RFC 4291 §2.5.5.2)."""
     return address[7:] if address.startswith("::ffff:") else address
 
 
-def make_input(body: Body | None, environ: Environ) -> io.BufferedReader:
-    """Return wsgi.input, and set CONTENT_LENGTH for a chunked body that is small enough to be collected.
+def make_request_environ(request: Request) -> Environ:
+    """Return what the head tells: the CGI variables, and every field as HTTP_*."""
+    environ = {"HTTP_" + name.upper().replace("-", "_"): value for name, value in request.fields.items()}
+    environ.pop("HTTP_TRANSFER_ENCODING", None)  # undone here; Bottle would undo it once more
+    for name in ("CONTENT_TYPE", "CONTENT_LENGTH"):
+        if "HTTP_" + name in environ:
+            environ[name] = environ.pop("HTTP_" + name)
+    environ.update(
+        REQUEST_METHOD=request.method, REQUEST_URI=request.target, PATH_INFO=request.path,
+        QUERY_STRING=request.query, SERVER_PROTOCOL=request.version,
+    )  # fmt: skip
+    return environ
+
+
+def make_empty_input() -> io.BufferedReader:
+    """Return the wsgi.input of a request without a body."""
+    return io.BufferedReader(io.BytesIO(), 1)
+
+
+def add_input(environ: Environ, body: Body) -> None:
+    """Set wsgi.input, and CONTENT_LENGTH for a chunked body that is small enough to be collected.
 
     Django and Bottle read what CONTENT_LENGTH announces and take a body without it for none. A larger body is left to
     those that know wsgi.input_terminated, as Flask, Falcon and Pyramid do.
     """
-    if body is None:
-        return io.BufferedReader(io.BytesIO(), 1)  # type checked: BytesIO is all a raw stream needs to be
     content = body.collect() if body.is_chunked else None
     if content is None:
-        return io.BufferedReader(body, RECEIVE_SIZE)
-    environ["CONTENT_LENGTH"] = str(len(content))
-    return io.BufferedReader(io.BytesIO(content))
+        environ["wsgi.input"] = io.BufferedReader(body, RECEIVE_SIZE)
+    else:
+        environ["wsgi.input"] = io.BufferedReader(io.BytesIO(content))
+        environ["CONTENT_LENGTH"] = str(len(content))
 
 
 # ---- 8. Response ------------------------------------------------------------
 # What the application gives -> bytes. The head goes out with the first block that is not empty, in one send; the
 # framing is decided then. PEP 3333; RFC 9110 §6.4 and §8.6, RFC 9112 §6 and §7.
+
+
+def run_application(application: Application, environ: Environ, response: Response) -> None:
+    """Call the application and send what it gives (PEP 3333, "Specification Details")."""
+    blocks = application(environ, make_start_response(response))
+    try:
+        if isinstance(blocks, (list, tuple)):  # all there is: its length can be told
+            response.finish(b"".join(blocks))
+        elif isinstance(blocks, FileWrapper):
+            response.write_file(blocks)
+            response.finish()
+        else:
+            response.write_blocks(blocks)
+            response.finish()
+    finally:
+        if hasattr(blocks, "close"):
+            blocks.close()
+
+
+def make_start_response(response: Response) -> StartResponse:
+    """Return the start_response of one request (PEP 3333, "The start_response() Callable")."""
+
+    def start_response(
+        status: str, response_headers: list[tuple[str, str]], exc_info: Any = None
+    ) -> Callable[[bytes], None]:
+        try:
+            if exc_info and response.is_head_sent:
+                raise exc_info[1].with_traceback(exc_info[2])
+            if response.head and not exc_info:
+                raise AssertionError("start_response was called a second time without exc_info")
+            response.start(status, response_headers)
+        finally:
+            exc_info = None  # it refers to this frame: a circle that only the garbage collector could break
+        return response.write
+
+    return start_response
+
+
+class ResponseHead(NamedTuple):
+    """Status and headers of an application, checked, as lines but for what the server decides."""
+
+    status: int
+    lines: bytes
+    length: int | None  # the Content-Length
+    is_closing: bool  # by Connection: close
+    has_date: bool
+
+
+class Response:
+    """Owns the response to one request: its head until the first block, and how much of its body was sent."""
+
+    __slots__ = (
+        "body", "has_body", "head", "is_chunked", "is_closing", "is_complete", "is_full", "is_head_sent", "length",
+        "request", "sent", "stream",
+    )  # fmt: skip
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.request = NO_REQUEST
+        self.body: Body | None = None
+        self.head: ResponseHead | None = None  # what start_response was told
+        self.length: int | None = None  # of the body, if known
+        self.sent = 0  # bytes of the body
+        self.has_body = True  # by method and status
+        self.is_chunked = False
+        self.is_closing = False  # the connection ends with this response
+        self.is_head_sent = False
+        self.is_full = False  # further blocks are dropped
+        self.is_complete = False
+
+    def start(self, status: str, response_headers: list[tuple[str, str]]) -> None:
+        """Take over status and headers; nothing is sent yet."""
+        if not isinstance(response_headers, list):
+            raise TypeError("response_headers is not a list: %.100r" % (response_headers,))
+        try:
+            self.head = parse_response_head(status, tuple(response_headers))
+        except TypeError:
+            raise TypeError("not a status and a list of (name, value): %r, %r" % (status, response_headers)) from None
+        self.length = self.head.length
+        self.has_body = self.request.method != "HEAD" and self.head.status not in (204, 304)  # RFC 9110 §6.4.1
+
+    def write(self, block: bytes) -> None:
+        """Send a block of the body, with the head before the first (PEP 3333, "The write() Callable")."""
+        if not isinstance(block, bytes):
+            raise TypeError("a block of the body is not bytes: %.100r" % (block,))
+        if not block or self.is_full:
+            return
+        head = b"" if self.is_head_sent else self.make_head()
+        if not self.has_body:
+            self.is_full, block = True, b""
+        elif self.length is not None and self.sent + len(block) > self.length:
+            log_error("the body is longer than its Content-Length of %d: cut there" % self.length)
+            self.is_full, block = True, block[: self.length - self.sent]
+        self.sent += len(block)
+        if self.is_chunked:
+            head, end = head + b"%x\r\n" % len(block), b"\r\n"
+        else:
+            end = b""
+        if len(block) <= JOIN_SIZE:
+            self.stream.send(head + block + end)
+        else:
+            self.stream.send_parts(head, block, end)
+        self.stream.activity.renew()
+
+    def write_blocks(self, blocks: Iterable[bytes]) -> None:
+        """Send block by block, each at once (PEP 3333, "Buffering and Streaming")."""
+        for block in blocks:
+            self.write(block)
+            if self.is_full:
+                break
+
+    def write_file(self, wrapper: FileWrapper) -> None:
+        """Send a file: a regular one by sendfile(2), any other block by block."""
+        found = wrapper.find_regular_file() if self.head and not self.is_head_sent else None
+        if found is None:
+            self.write_blocks(wrapper)
+            return
+        fd, offset, size = found
+        if self.length is None:
+            self.length = size
+        self.stream.send(self.make_head())
+        if self.has_body:
+            self.sent = self.stream.send_file(fd, offset, min(size, self.length))
+
+    def finish(self, last: bytes = b"") -> None:
+        """Send the last block, and what ends the body by its framing."""
+        if self.length is None and not self.is_head_sent and (last or self.request.method != "HEAD"):
+            self.length = len(last)
+        self.write(last)
+        if not self.is_head_sent:
+            self.stream.send(self.make_head())
+        if self.is_chunked:
+            self.stream.send(b"0\r\n\r\n")
+        self.is_complete = True
+        if self.has_body and self.length is not None and self.sent < self.length:
+            raise ValueError("the body has %d bytes, its Content-Length is %d" % (self.sent, self.length))
+
+    def make_head(self) -> bytes:
+        """Return the head, decide the framing of the body, and take the head for sent (RFC 9112 §6.3)."""
+        head, body, framing, connection = self.head, self.body, b"", b""
+        if head is None:
+            raise AssertionError("the application did not call start_response")
+        if body and body.failure:
+            raise body.failure
+        if self.length is not None and head.status != 204:  # RFC 9110 §8.6
+            framing = b"Content-Length: %d\r\n" % self.length
+        elif self.has_body and self.request.version == "HTTP/1.0":
+            self.is_closing = True
+        elif self.has_body:
+            self.is_chunked, framing = True, b"Transfer-Encoding: chunked\r\n"
+        if head.is_closing or self.stream.activity.is_finishing or (body and body.awaits_continue):
+            self.is_closing = True  # a body that waits for a 100 (Continue) may come now or never
+        if body:
+            body.awaits_continue = False
+        if self.is_closing:
+            connection = b"Connection: close\r\n"
+        elif self.request.version == "HTTP/1.0":
+            connection = b"Connection: keep-alive\r\n"
+        self.is_head_sent = True
+        date = b"" if head.has_date else make_date_line(int(time.time()))
+        return b"%b%b%b%b\r\n" % (head.lines, framing, date, connection)
+
+
+@lru_cache(maxsize=64)
+def parse_response_head(status: str, response_headers: tuple[tuple[str, str], ...]) -> ResponseHead:
+    """Return status and headers after checks that name the culprit: one look-up for a response that repeats.
+
+    What passes here reaches the client byte for byte: a CR LF in it would split the response in two.
+    """
+    if not isinstance(status, str) or not STATUS.fullmatch(status):
+        raise ValueError("not a status such as '200 OK': %r" % (status,))
+    lines, length, names = ["HTTP/1.1 %s\r\n" % (status if " " in status else status + " ")], None, set()
+    for header in response_headers:
+        name, value = check_header(header)
+        names.add(name)
+        if name == "content-length":
+            if length is not None:
+                raise ValueError("a second Content-Length: %r" % (value,))
+            length = int(value)
+        elif name != "connection":
+            lines.append("%s: %s\r\n" % (header[0], value))
+    if "server" not in names:
+        lines.append("Server: %s\r\n" % PRODUCT)
+    text = "".join(lines).encode("latin-1")
+    return ResponseHead(int(status[:3]), text, length, "connection" in names, "date" in names)
+
+
+def check_header(header: tuple[str, str]) -> tuple[str, str]:
+    """Return the name of a header in lower case and its value, if an application may send it."""
+    if not isinstance(header, tuple) or [type(part) for part in header] != [str, str]:
+        raise TypeError
+    name, value = header[0].lower(), header[1].strip(" \t")
+    if not TOKEN.fullmatch(name.encode("utf-8")):
+        raise ValueError("not a field name: %r" % header[0])
+    if not RESPONSE_FIELD_VALUE.fullmatch(value):
+        raise ValueError("a character that no field value may have in %s: %r" % header)
+    if name in HOP_BY_HOP_FIELDS or (name == "connection" and value.lower() != "close"):
+        raise ValueError("a field of the connection is the server's to set: %s: %s" % header)
+    if name == "content-length" and not (value.isascii() and value.isdigit() and len(value) < 19):
+        raise ValueError("not a Content-Length: %r" % value)
+    return name, value
+
+
+DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+MONTHS = ("", "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
+@lru_cache(maxsize=1)
+def make_date_line(second: int) -> bytes:
+    """Return the Date field line for a second since the epoch (RFC 9110 §6.6.1).
+
+    email.utils.formatdate would do, but it brings 20 modules, which every fork copies; strftime obeys the locale.
+    """
+    t = time.gmtime(second)
+    date = (DAYS[t.tm_wday], t.tm_mday, MONTHS[t.tm_mon], t.tm_year, t.tm_hour, t.tm_min, t.tm_sec)
+    return ("Date: %s, %02d %s %d %02d:%02d:%02d GMT\r\n" % date).encode()
 
 
 class FileWrapper:
@@ -807,256 +993,19 @@ class FileWrapper:
 
     def close(self) -> None:
         """Close the file, if it can be closed."""
-        close = getattr(self.file, "close", None)
-        if close is not None:
-            close()
+        if hasattr(self.file, "close"):
+            self.file.close()
 
     def find_regular_file(self) -> tuple[int, int, int] | None:
         """Return the descriptor, offset and remaining size of a file whose bytes sendfile(2) may take from the disk.
 
         That is one that Python reads as it is: a GzipFile has a descriptor, too, but its bytes are not the content.
         """
-        raw = getattr(self.file, "raw", self.file)
-        if not isinstance(raw, io.FileIO) or not hasattr(os, "sendfile"):
+        if not isinstance(getattr(self.file, "raw", self.file), io.FileIO) or not hasattr(os, "sendfile"):
             return None
         status = os.fstat(self.file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            return None
         offset = self.file.tell()
-        return self.file.fileno(), offset, max(status.st_size - offset, 0)
-
-
-def run_application(application: Application, environ: Environ, response: Response) -> None:
-    """Call the application and send what it gives (PEP 3333, "Specification Details")."""
-    iterable = application(environ, make_start_response(response))
-    try:
-        if isinstance(iterable, FileWrapper):
-            response.send_file(iterable)
-        elif isinstance(iterable, (list, tuple)):  # all there is: its length can be told
-            response.finish(b"".join(iterable))
-            return
-        else:
-            for block in iterable:
-                response.write(block)
-                if response.is_enough:
-                    break
-        response.finish()
-    finally:
-        close = getattr(iterable, "close", None)
-        if close is not None:
-            close()
-
-
-def make_start_response(response: Response) -> StartResponse:
-    """Return the start_response of one request (PEP 3333, "The start_response() Callable")."""
-
-    def start_response(
-        status: str, response_headers: list[tuple[str, str]], exc_info: Any = None
-    ) -> Callable[[bytes], None]:
-        try:
-            if exc_info and response.is_head_sent:
-                raise exc_info[1].with_traceback(exc_info[2])
-            if response.status and not exc_info:
-                raise AssertionError("start_response was called a second time without exc_info")
-            response.start(status, response_headers)
-        finally:
-            exc_info = None  # it refers to this frame: a circle that only the garbage collector could break
-        return response.write
-
-    return start_response
-
-
-class Response:
-    """Owns the response to one request: its head until the first block, and how much of its body was sent."""
-
-    __slots__ = (
-        "body", "is_chunked", "is_closing", "is_complete", "is_enough", "is_head_sent", "length", "lines", "own_fields", "request",
-        "sent", "status", "stream",
-    )  # fmt: skip
-
-    def __init__(self, stream: Stream) -> None:
-        self.stream = stream
-        self.request = UNREADABLE
-        self.body: Body | None = None
-        self.status = ""
-        self.lines: list[bytes] = []
-        self.length: int | None = None  # the Content-Length; None if not known
-        self.own_fields: list[str] = []  # Date and Server, if the application sets them
-        self.is_closing = False  # the connection ends with this response
-        self.is_chunked = False
-        self.is_head_sent = False
-        self.is_enough = False  # further blocks would be dropped
-        self.is_complete = False
-        self.sent = 0  # bytes of the body
-
-    def start(self, status: str, response_headers: list[tuple[str, str]]) -> None:
-        """Take over status and headers, after checks that name the culprit; nothing is sent yet."""
-        if not isinstance(status, str) or not STATUS.fullmatch(status):
-            raise ValueError("not a status such as '200 OK': %r" % (status,))
-        if not isinstance(response_headers, list):
-            raise TypeError("response_headers is not a list: %r" % (response_headers,))
-        self.length = None
-        self.own_fields = []
-        lines = [b"HTTP/1.1 %b\r\n" % (status if " " in status else status + " ").encode("latin-1")]
-        for header in response_headers:
-            try:
-                decides, line = format_header(header)
-            except TypeError:
-                raise TypeError("not a (name, value) tuple of two str: %r" % (header,)) from None
-            if decides:
-                line = self.decide(decides, header[1], line)
-            lines.append(line)
-        self.status, self.lines = status, lines
-
-    def decide(self, name: str, value: str, line: bytes) -> bytes:
-        """Take note of a field that has a say in what the server adds; return the line to send for it now."""
-        if name == "connection":
-            self.is_closing = True
-            return b""
-        if name == "content-length":
-            if self.length is not None:
-                raise ValueError("a second Content-Length: %r" % value)
-            self.length = int(value)
-            return b""
-        self.own_fields.append(name)
-        return line
-
-    def write(self, block: bytes) -> None:
-        """Send a block of the body, with the head before the first (PEP 3333, "The write() Callable")."""
-        if not isinstance(block, bytes):
-            raise TypeError("a block of the body is not bytes: %.50r" % (block,))
-        if not block or self.is_enough:
-            return
-        head = b"" if self.is_head_sent else self.make_head()
-        if not self.has_body():
-            self.is_enough = True
-            self.stream.send(head)
-            return
-        if self.length is not None and self.sent + len(block) > self.length:
-            log_error("the body is longer than its Content-Length of %d: cut there" % self.length)
-            block = block[: self.length - self.sent]
-            self.is_enough = True
-        self.sent += len(block)
-        if self.is_chunked:
-            self.stream.send(head, b"%x\r\n" % len(block), block, b"\r\n")
-        else:
-            self.stream.send(head, block)
-        self.stream.activity.renew()
-
-    def send_file(self, wrapper: FileWrapper) -> None:
-        """Send a file: a regular one by sendfile(2), any other block by block."""
-        found = wrapper.find_regular_file() if self.status and not self.sent else None
-        if found is None:
-            for block in wrapper:
-                self.write(block)
-                if self.is_enough:
-                    break
-            return
-        fd, offset, size = found
-        self.length = size if self.length is None else self.length
-        self.send_head()
-        if self.has_body():
-            self.sent += self.stream.send_file(fd, offset, min(size, self.length))
-
-    def finish(self, last: bytes = b"") -> None:
-        """Send the last block, and what ends the body by its framing."""
-        if not self.is_head_sent:
-            if self.length is None and (last or self.has_body()):
-                self.length = len(last)
-            if not last:
-                self.send_head()
-        self.write(last)
-        if self.is_chunked:
-            self.stream.send(b"0\r\n\r\n")
-        self.is_complete = True
-        if self.length is not None and self.sent < self.length and self.has_body():
-            raise ValueError("the body has %d bytes, its Content-Length is %d" % (self.sent, self.length))
-
-    def is_delimited_by_close(self) -> bool:
-        """Return whether only the end of the connection tells the client that the body is complete."""
-        return self.has_body() and not self.is_complete and not self.is_chunked and self.length is None
-
-    def has_body(self) -> bool:
-        """Return whether the response may have a body (RFC 9110 §6.4.1)."""
-        return self.request.method != "HEAD" and not self.status.startswith(("204", "304"))
-
-    def send_head(self) -> None:
-        """Send the head without a block."""
-        if not self.is_head_sent:
-            self.stream.send(self.make_head())
-
-    def make_head(self) -> bytes:
-        """Return the head, decide the framing of the body, and take the head for sent (RFC 9112 §6.3)."""
-        if not self.status:
-            raise AssertionError("the application did not call start_response")
-        if self.body is not None:
-            if self.body.failure:
-                raise self.body.failure
-            if self.body.awaits_continue:  # the body that is announced may come now or never
-                self.is_closing = True
-                self.body.awaits_continue = False
-        lines = self.lines
-        if self.length is not None:
-            if not self.status.startswith("204"):  # RFC 9110 §8.6
-                lines.append(b"Content-Length: %d\r\n" % self.length)
-        elif self.has_body():
-            if self.request.version == "HTTP/1.0":
-                self.is_closing = True
-            else:
-                self.is_chunked = True
-                lines.append(b"Transfer-Encoding: chunked\r\n")
-        if "date" not in self.own_fields:
-            lines.append(make_date_line(int(time.time())))
-        if "server" not in self.own_fields:
-            lines.append(SERVER_LINE)
-        if self.stream.activity.finishing:
-            self.is_closing = True
-        if self.is_closing:
-            lines.append(b"Connection: close\r\n")
-        elif self.request.version == "HTTP/1.0":
-            lines.append(b"Connection: keep-alive\r\n")
-        lines.append(b"\r\n")
-        self.is_head_sent = True
-        return b"".join(lines)
-
-
-@lru_cache(maxsize=256)
-def format_header(header: tuple[str, str]) -> tuple[str, bytes]:
-    """Return the name in lower case if it is a deciding field, else "", and the field line; raise if illegal.
-
-    What passes here reaches the client byte for byte: a CR LF in it would split the response in two.
-    """
-    name, value = header
-    if not isinstance(header, tuple) or not isinstance(name, str) or not isinstance(value, str):
-        raise TypeError
-    lower = name.lower()
-    if not TOKEN.fullmatch(name.encode("utf-8")):
-        raise ValueError("not a field name: %r" % name)
-    if not RESPONSE_FIELD_VALUE.fullmatch(value):
-        raise ValueError("a character that no field value may have in %s: %r" % (name, value))
-    if lower in HOP_BY_HOP_FIELDS or (lower == "connection" and value.strip(" \t").lower() != "close"):
-        raise ValueError("a field of the connection is the server's to set: %s: %s" % (name, value))
-    if lower == "content-length" and not (value.isascii() and value.isdigit() and len(value) < 19):
-        raise ValueError("not a Content-Length: %r" % value)
-    line = b"%b: %b\r\n" % (name.encode(), value.strip(" \t").encode("latin-1"))
-    return lower if lower in DECIDING_FIELDS else "", line
-
-
-DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-MONTHS = ("", "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-SERVER_LINE = b"Server: %b\r\n" % PRODUCT.encode()
-
-
-@lru_cache(maxsize=1)
-def make_date_line(second: int) -> bytes:
-    """Return the Date field line for a second since the epoch (RFC 9110 §6.6.1).
-
-    email.utils.formatdate would do, but it brings 20 modules, which every fork copies; strftime obeys the locale.
-    """
-    t = time.gmtime(second)
-    return b"Date: %b, %02d %b %d %02d:%02d:%02d GMT\r\n" % (
-        DAYS[t.tm_wday].encode(), t.tm_mday, MONTHS[t.tm_mon].encode(), t.tm_year, t.tm_hour, t.tm_min, t.tm_sec
-    )  # fmt: skip
+        return (self.file.fileno(), offset, max(status.st_size - offset, 0)) if stat.S_ISREG(status.st_mode) else None
 
 
 # ---- 9. Connection ----------------------------------------------------------
@@ -1096,7 +1045,9 @@ def serve_request(
         if request.length != 0:
             stream.set_patience(options.timeout)
             response.body = Body(stream, request, options.limit_request_body)
-        environ["wsgi.input"] = make_input(response.body, environ)
+            add_input(environ, response.body)
+        elif environ["wsgi.input"].closed:
+            environ["wsgi.input"] = make_empty_input()
         run_application(application, environ, response)
     except KeyboardInterrupt:
         raise
@@ -1112,7 +1063,7 @@ def serve_request(
 
 def choose_patience(options: Options, stream: Stream, number: int) -> float:
     """Return how long to wait for the first bytes of a request, in seconds."""
-    if stream.activity.finishing:
+    if stream.activity.is_finishing:
         return LAST_CALL
     return min(HEAD_TIMEOUT, options.timeout) if number == 1 else options.keep_alive
 
@@ -1135,8 +1086,8 @@ def recover(response: Response, head: bytes, error: BaseException) -> str:
     try:
         if not response.is_head_sent:
             send_error(response, head, error)
-        elif response.is_delimited_by_close():
-            response.stream.reset()
+        elif response.has_body and not (response.is_complete or response.is_chunked) and response.length is None:
+            response.stream.reset()  # only the close would tell that the body is complete
     except ClientGoneError:
         pass  # the log line says what it would have been told
     return error.detail
@@ -1144,8 +1095,8 @@ def recover(response: Response, head: bytes, error: BaseException) -> str:
 
 def send_error(response: Response, head: bytes, error: HTTPError) -> None:
     """Answer with the words of the status and the detail."""
-    if response.request is UNREADABLE and head.startswith(b"HEAD "):
-        response.request = UNREADABLE._replace(method="HEAD")
+    if response.request is NO_REQUEST and head.startswith(b"HEAD "):
+        response.request = NO_REQUEST._replace(method="HEAD")
     response.stream.activity.renew()
     response.body = None
     response.is_closing = True
@@ -1167,7 +1118,7 @@ def log_access(style: str, response: Response, connection: Environ, head: bytes,
         "client": connection["REMOTE_ADDR"] or "-",
         "time": make_log_time(int(time.time())),
         "request": head.lstrip(b"\r\n").partition(b"\r\n")[0].decode("latin-1"),
-        "status": int(response.status[:3] or 0),  # 0: the client went before it was answered
+        "status": response.head.status if response.head else 0,  # 0: the client went before it was answered
         "bytes": response.sent,
         "referer": response.request.fields.get("referer", "-"),
         "user_agent": response.request.fields.get("user-agent", "-"),
@@ -1239,19 +1190,8 @@ def log_exception(error: BaseException, head: bytes = b"") -> None:
 # slot has one writer at a time: the child while it lives, the parent before the fork and after the reaping. From it
 # alone the parent knows whether a child is spare, who is idle, and whose request is overdue.
 
-LISTEN_FD = 3  # where sd_listen_fds(3) has the first socket
 SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)
-
-
-class Child:
-    """Owns what the parent knows of one child."""
-
-    __slots__ = ("alarmed", "asked", "slot")
-
-    def __init__(self, slot: int) -> None:
-        self.slot = slot
-        self.asked = False  # to finish
-        self.alarmed = 0.0  # the time in its slot when SIGALRM was last sent
+LISTEN_FD = 3  # where sd_listen_fds(3) has the first socket
 
 
 class Server:
@@ -1262,19 +1202,17 @@ class Server:
         self.serve = serve
         self.options = options
         self.pid = os.getpid()  # the parent's
-        self.times, self.notes = make_scoreboard(options.max_connections)
+        self.child_pid = 0  # in a child, its own
+        self.times, self.notes = make_scoreboard(options.max_connections + 1)
         self.free_slots = list(range(options.max_connections))
-        self.children: dict[int, Child] = {}
-        self.elders = adopt_children()  # those of the program that this one has replaced
-        self.elders_by = time.monotonic() + options.graceful_timeout
-        self.activity: Activity | None = None  # the child's own; None in the parent
+        self.elder_slot = options.max_connections  # of all children that the program before a reload has left us
+        self.elders_by = time.monotonic() + options.graceful_timeout  # when those must have finished
+        self.children = dict.fromkeys(map(int, os.environ.pop("WEBSERVER_CHILDREN", "").split()), self.elder_slot)
+        self.asked = set(self.children)  # children that were asked to finish
+        self.activity = Activity(self.times, self.notes, self.elder_slot)  # a child's; its slot is set before the fork
         self.wake_read, self.wake_write = os.pipe()
-        os.set_blocking(self.wake_read, False)
-        os.set_blocking(self.wake_write, False)
-        self.failures = 0  # children in a row that died before a connection came
-        self.resting_until = 0.0  # no fork before that
-        self.next_ask = 0.0  # no connection is asked to give way before that
-        self.next_tick = 0.0
+        self.deaths = 0  # of children in a row that no connection had reached
+        self.next_fork = self.next_ask = self.next_tick = 0.0  # not before these times
         self.stop_by: float | None = None  # when the children must have finished; None while serving
         self.checker = 0  # the pid of the process that tries new code, 0 if there is none
         self.check_by = 0.0  # when it must have finished
@@ -1286,7 +1224,7 @@ class Server:
         """The parent's life: keep a child spare, sleep until something happens, and look after what did."""
         self.catch_signals()
         notify("READY=1")
-        while self.listener or self.children or self.elders:
+        while self.listener or self.children:
             self.keep_spare()
             self.obey(self.sleep())
             self.reap()
@@ -1297,21 +1235,36 @@ class Server:
 
     def catch_signals(self) -> None:
         """Let each signal put its number into the pipe; a reload has kept them blocked until here."""
+        os.set_blocking(self.wake_read, False)
+        os.set_blocking(self.wake_write, False)
         for signum in SIGNALS:
             signal.signal(signum, self.on_signal)
         signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
+    def on_signal(self, signum: int, frame: Any) -> None:
+        """Handle a signal: in the parent the pipe has it already, in a child it concerns the connection."""
+        if not self.child_pid:
+            return
+        if os.getpid() != self.child_pid:  # a process that the application forked: it never asked for this handler
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        elif signum == signal.SIGTERM:
+            self.finish()
+        elif signum == signal.SIGALRM:
+            if FREE < self.times[self.activity.slot] < time.monotonic() - self.options.timeout:  # and not just done
+                raise Overdue
+
     def sleep(self) -> bytes:
         """Return the numbers of the signals that came, 0 for the wake-ups of children; after a TICK at most."""
         seconds = TICK if self.stop_by is None and not self.options.reload else TICK / 4
         watched = [self.wake_read]
-        if self.listener and not self.has_room():
-            wait = self.next_ask - time.monotonic()
-            if wait <= 0:  # else: newcomers who cannot be helped yet would make this a busy loop
-                watched.append(self.listener.fileno())
+        if self.listener and not self.has_room():  # then who knocks needs somebody to leave
+            pause = self.next_ask - time.monotonic()
+            if pause > 0:
+                seconds = min(seconds, pause)
             else:
-                seconds = min(seconds, wait)
+                watched.append(self.listener.fileno())
         select.select(watched, [], [], seconds)
         try:
             return os.read(self.wake_read, 4096)
@@ -1328,32 +1281,18 @@ class Server:
             elif signum == signal.SIGUSR1:
                 self.report()
 
-    def on_signal(self, signum: int, frame: Any) -> None:
-        """Handle a signal: in the parent the pipe has it already, in a child it concerns the connection."""
-        activity = self.activity
-        if activity is None:
-            return
-        since = activity.times[activity.slot]
-        if os.getpid() != activity.pid:  # a process that the application forked: it never asked for this handler
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
-        elif signum == signal.SIGTERM:
-            self.finish(activity)
-        elif signum == signal.SIGALRM and FREE < since <= time.monotonic() - self.options.timeout:
-            raise Overdue
-
     # Birth
 
     def keep_spare(self) -> None:
         """Fork a child if none waits in accept()."""
         while self.listener and self.has_room() and ACCEPTING not in self.times.tolist():
-            if time.monotonic() < self.resting_until:
+            if time.monotonic() < self.next_fork:
                 return
             self.fork_child(self.free_slots.pop())
 
     def has_room(self) -> bool:
         """Return whether the cap allows one more child."""
-        return len(self.children) + len(self.elders) < self.options.max_connections
+        return len(self.children) < self.options.max_connections
 
     def fork_child(self, slot: int) -> None:
         """Fork a child for the slot.
@@ -1361,23 +1300,20 @@ class Server:
         Signals wait meanwhile: one that the child gets before it has left the parent's pipe would be the parent's.
         """
         self.times[slot] = ACCEPTING
+        self.activity.slot = slot
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             pid = os.fork()
             if pid == 0:
-                self.live(slot)
-            self.children[pid] = Child(slot)
+                self.live()
+            self.children[pid] = slot
             self.totals["forks"] += 1
         except OSError as error:  # EAGAIN, ENOMEM: others need the memory or the process now
             self.free_slot(slot)
-            self.rest(TICK, "cannot fork: %s" % error.strerror)
+            self.next_fork = time.monotonic() + TICK
+            self.say("cannot fork: %s" % error.strerror)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
-    def rest(self, seconds: float, text: str) -> None:
-        """Fork no child for a while."""
-        self.resting_until = time.monotonic() + seconds
-        self.say(text)
 
     # Death
 
@@ -1395,40 +1331,41 @@ class Server:
             if pid == 0:
                 return
             self.totals["reaped"] += 1
-            self.elders.discard(pid)
             if pid == self.checker:
                 self.end_check(status)
             elif pid in self.children:
                 self.bury(pid, self.children.pop(pid), status)
 
-    def bury(self, pid: int, child: Child, status: int) -> None:
+    def bury(self, pid: int, slot: int, status: int) -> None:
         """Free the slot of a child that was reaped, and say so if it did not end by itself."""
-        was_accepting = self.times[child.slot] == ACCEPTING
-        self.totals["connections"] += self.read_note(child.slot)[0]
+        was_asked, was_accepting = pid in self.asked, self.times[slot] == ACCEPTING
+        connections, _, client, line = self.read_note(slot)
+        self.totals["connections"] += connections
         if os.WIFSIGNALED(status):
             self.totals["crashes"] += 1
-            name = signal.Signals(os.WTERMSIG(status)).name
-            _, _, client, line = self.read_note(child.slot)
             doing = "waiting" if was_accepting else 'serving %s "%s"' % (client, line)
-            log_error("child %d died of %s while %s" % (pid, name, doing))
-        self.free_slot(child.slot)
+            log_error("child %d died of %s while %s" % (pid, signal.Signals(os.WTERMSIG(status)).name, doing))
+        self.asked.discard(pid)
+        self.free_slot(slot)
         if not was_accepting:
-            self.failures = 0
-        elif status and not child.asked:  # back off, or children that cannot live would be a fork storm
-            self.failures += 1
-            self.rest(min(0.01 * 2**self.failures, TICK), "a child ended before it served")
-
-    def read_note(self, slot: int) -> tuple[int, int, str, str]:
-        """Return what the child in the slot noted: connections and requests so far, and client and request-line."""
-        connections, requests, client, line = NOTE.unpack_from(self.notes, slot * NOTE.size)
-        ends = (client.partition(b"\0")[0], line.partition(b"\0")[0].partition(b"\r\n")[0])
-        return connections, requests, escape(ends[0].decode("latin-1")), escape(ends[1].decode("latin-1"))
+            self.deaths = 0
+        elif status and not was_asked:  # back off, or children that cannot live would be a fork storm
+            self.deaths += 1
+            self.next_fork = time.monotonic() + min(0.01 * 2**self.deaths, TICK)
+            self.say("a child ended before it served")
 
     def free_slot(self, slot: int) -> None:
         """Take back a slot."""
-        NOTE.pack_into(self.notes, slot * NOTE.size, 0, 0, b"", b"")
-        self.times[slot] = FREE
-        self.free_slots.append(slot)
+        if slot != self.elder_slot:
+            NOTE.pack_into(self.notes, slot * NOTE.size, 0, 0, b"", b"")
+            self.times[slot] = FREE
+            self.free_slots.append(slot)
+
+    def read_note(self, slot: int) -> tuple[int, int, str, str]:
+        """Return what the child in the slot noted: connections and requests so far, client and request-line."""
+        connections, requests, client, head = NOTE.unpack_from(self.notes, slot * NOTE.size)
+        client, line = client.partition(b"\0")[0], re.split(b"[\r\0]", head)[0]
+        return connections, requests, escape(client.decode("latin-1")), escape(line.decode("latin-1"))
 
     # Watch
 
@@ -1454,39 +1391,42 @@ class Server:
         """Ask the connection that has been idle longest to give way, else the busy one of the oldest request."""
         self.say("all %d connections are taken: idle ones give way" % self.options.max_connections)
         self.next_ask = now + 2 * LAST_CALL
-        present = [(self.times[child.slot], pid) for pid, child in self.children.items() if not child.asked]
+        present = [(self.times[slot], pid) for pid, slot in self.children.items() if pid not in self.asked]
         idle = [entry for entry in present if entry[0] < FREE]
         busy = [entry for entry in present if FREE < entry[0] < ACCEPTING]
         if idle or busy:
             self.ask(max(idle)[1] if idle else min(busy)[1])
 
+    def retire_surplus(self) -> None:
+        """Ask a quarter of the children that wait beyond the one to leave: a burst is forgotten in some seconds."""
+        unasked = [pid for pid in self.children if pid not in self.asked]
+        waiting = [pid for pid in unasked if self.times[self.children[pid]] == ACCEPTING]
+        for pid in waiting[: (len(waiting) + 2) // 4]:
+            self.ask(pid)
+
     def ask(self, pid: int) -> None:
         """Ask a child to finish: to answer the request in hand and close, at once if it is idle."""
-        if pid in self.children:
-            self.children[pid].asked = True
+        self.asked.add(pid)
         os.kill(pid, signal.SIGTERM)  # until it is reaped, the pid cannot be anybody else's
 
     def enforce_deadlines(self, now: float) -> None:
         """Interrupt requests that made no progress for too long; kill what takes no notice."""
-        for pid, child in self.children.items():
-            since = self.times[child.slot]
-            overdue = now - since - self.options.timeout
-            if not FREE < since < ACCEPTING or overdue < ALARM_SLACK:
-                continue
-            self.totals["timeouts"] += child.alarmed != since
-            child.alarmed = since
-            os.kill(pid, signal.SIGALRM if overdue < KILL_AFTER else signal.SIGKILL)
+        for pid, slot in self.children.items():
+            overdue = now - self.times[slot] - self.options.timeout
+            if FREE < self.times[slot] < ACCEPTING and overdue > ALARM_SLACK:
+                self.totals["timeouts"] += overdue <= ALARM_SLACK + TICK
+                os.kill(pid, signal.SIGALRM if overdue < KILL_AFTER else signal.SIGKILL)
         if self.checker and now >= self.check_by:
             os.kill(self.checker, signal.SIGKILL)
         if now >= self.elders_by:
-            self.kill(self.elders, "%d requests to the former program had no end: cut")
+            self.kill_all([pid for pid, slot in self.children.items() if slot == self.elder_slot])
 
-    def retire_surplus(self) -> None:
-        """Ask a quarter of the children that wait beyond the one to leave: a burst is forgotten in some seconds."""
-        present = [(pid, self.times[child.slot]) for pid, child in self.children.items() if not child.asked]
-        waiting = [pid for pid, since in present if since == ACCEPTING]
-        for pid in waiting[: (len(waiting) + 2) // 4]:
-            self.ask(pid)
+    def kill_all(self, pids: list[int]) -> None:
+        """End those that have had their time to finish."""
+        if pids:
+            log_error("the graceful timeout is over: %d children are killed" % len(pids))
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
 
     def say(self, text: str) -> None:
         """Log a trouble, once in a while if it lasts."""
@@ -1495,23 +1435,15 @@ class Server:
             self.last_said[text] = now
             log_error(text)
 
-    def kill(self, pids: Iterable[int], text: str) -> None:
-        """Kill processes that had their time."""
-        pids = list(pids)
-        if pids:
-            log_error(text % len(pids))
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-
     def report(self) -> None:
         """Print who does what to stderr."""
         now = time.monotonic()
-        rows = [(pid, self.times[child.slot], *self.read_note(child.slot)) for pid, child in self.children.items()]
-        log_error("%7s %-9s %8s %8s  %s" % ("pid", "state", "age", "requests", "client and request"))
-        for pid, since, _, requests, client, line in sorted(rows):
-            state = "waiting" if since == ACCEPTING else "idle" if since < FREE else "busy"
-            age = "-" if since == ACCEPTING else "%.1f s" % (now - abs(since))
-            log_error("%7d %-9s %8s %8d  %s %s" % (pid, state, age, requests, client, line))
+        rows = [(pid, self.times[slot], *self.read_note(slot)) for pid, slot in sorted(self.children.items())]
+        log_error("%7s %-8s %8s %8s  %s" % ("pid", "state", "age", "requests", "client and request"))
+        for pid, since, _, requests, client, line in rows:
+            state = {ACCEPTING: "waiting", FREE: "leaving"}.get(since, "idle" if since < FREE else "busy")
+            age = "%.1f s" % (now - abs(since)) if state in ("idle", "busy") else "-"
+            log_error("%7d %-8s %8s %8d  %s %s" % (pid, state, age, requests, client, line))
         totals = {**self.totals, "connections": self.totals["connections"] + sum(row[2] for row in rows)}
         log_error("in all: " + ", ".join("%d %s" % (number, name) for name, number in totals.items()))
 
@@ -1532,15 +1464,15 @@ class Server:
         if self.listener and (now >= stop_by or not self.has_newcomers()):
             close_listener(self.listener, self.options.bind)
             self.listener = None
-            for pid in (*self.children, *self.elders):
+            for pid in self.children:
                 self.ask(pid)
         if now >= stop_by:
-            self.kill((*self.children, *self.elders), "out of time: %d processes cut")
+            self.kill_all(list(self.children))
 
     # Reload
 
     def reload(self) -> None:
-        """Try the code as it is now, in a fresh interpreter: only if it loads there, `replace` follows."""
+        """Try the code as it is now in a fresh interpreter; only if it loads there, `replace` follows."""
         if self.checker or self.stop_by is not None:
             return
         self.check_by = time.monotonic() + CHECK_TIMEOUT
@@ -1556,40 +1488,38 @@ class Server:
     def end_check(self, status: int) -> None:
         """Hear what became of the check."""
         self.checker = 0
-        if status == 0:
-            self.replace()
+        if status == 0 and self.listener:
+            self.replace(self.listener)
         else:
             log_error("the new code does not load: the old code goes on")
 
-    def replace(self) -> None:
+    def replace(self, listener: socket.socket) -> None:
         """Become the new program, with the same pid and the same socket, which it gets as systemd would hand it over.
 
-        What has connected meanwhile waits in the kernel's queue. The children finish and are reaped by the new program.
+        Who connects meanwhile waits in the kernel's queue. The children finish, and are reaped by the new program.
         Signals stay blocked until it can hear them (sd_listen_fds(3), execve(2)).
         """
-        if self.listener is None:
-            return
         notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
         for pid in self.children:
             self.ask(pid)
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        os.dup2(self.listener.fileno(), LISTEN_FD)
+        os.dup2(listener.fileno(), LISTEN_FD)
         os.set_inheritable(LISTEN_FD, True)
-        children = " ".join(map(str, (*self.children, *self.elders)))
+        children = " ".join(map(str, self.children))
         start_again(LISTEN_FDS="1", LISTEN_PID=str(self.pid), WEBSERVER_CHILDREN=children)
 
     # In the child
 
-    def live(self, slot: int) -> NoReturn:
+    def live(self) -> NoReturn:
         """The child's life, from fork to exit: nothing returns from here into the code of the parent."""
         status = 1
         try:
+            self.child_pid = os.getpid()
             signal.set_wakeup_fd(-1)  # the parent's pipe must not learn of the child's signals
             os.close(self.wake_read)
             atexit._clear()  # what the parent registered is the parent's to run
-            self.activity = Activity(self.times, self.notes, slot)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            self.serve_connections(self.activity, self.options.connections_per_child)
+            self.serve_connections(self.options.connections_per_child)
             status = 0
         except BaseException as error:
             log_exception(error)
@@ -1598,29 +1528,30 @@ class Server:
 
     def live_alone(self) -> None:
         """The life of the one process under --no-fork, which has nothing to fork, reap or watch."""
-        self.activity = Activity(self.times, self.notes, 0)
+        self.child_pid = self.pid
+        os.set_blocking(self.wake_write, False)
         signal.signal(signal.SIGTERM, self.on_signal)
-        self.serve_connections(self.activity, 0)
+        self.serve_connections(0)
 
-    def serve_connections(self, activity: Activity, number: int) -> None:
+    def serve_connections(self, number: int) -> None:
         """Accept and serve so many connections, 0 for as many as come."""
         accepted = self.accept()
         while accepted:
             sock, address = accepted
-            activity.connect(sock, str(address[0]) if address else "unix")
+            self.activity.connect(sock, str(address[0]) if address else "unix")
             self.wake_parent()
             number -= 1
             if number == 0:
                 self.leave_parent()
-            self.serve(sock, address, activity)
+            self.serve(sock, address, self.activity)
             if number == 0:
                 return
-            activity.times[activity.slot] = ACCEPTING
+            self.times[self.activity.slot] = ACCEPTING
             accepted = self.accept()
 
     def accept(self) -> tuple[socket.socket, Any] | None:
         """Return the next connection; None when there will be none for this child."""
-        while self.listener and self.pid in (os.getppid(), os.getpid()):  # else the parent was killed: free the port
+        while self.listener and self.pid in (os.getppid(), self.child_pid):  # else the parent was killed: free the port
             try:
                 return self.listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
@@ -1646,17 +1577,18 @@ class Server:
             self.listener.close()
             os.close(self.wake_write)
 
-    def finish(self, activity: Activity) -> None:
+    def finish(self) -> None:
         """Accept no more, answer the request in hand and close; when idle, after LAST_CALL.
 
         To close the listener makes accept() fail if it is under way, and harms nothing if it has just returned: an
         exception raised from here would lose the connection. Likewise a shorter timeout ends the wait for a request
         and does not lose one that has just come.
         """
-        activity.finishing = True
+        activity = self.activity
+        activity.is_finishing = True
         if self.listener:
             self.listener.close()
-        since = activity.times[activity.slot]
+        since = self.times[activity.slot]
         if activity.sock and since < FREE:
             try:
                 patience = make_timeval(max(LAST_CALL - (time.monotonic() + since), 0))
@@ -1679,11 +1611,6 @@ def start_again(**environ: str) -> NoReturn:
         log_error("cannot start %s again: %s" % (sys.executable, error.strerror))
     finally:
         os._exit(1)
-
-
-def adopt_children() -> set[int]:
-    """Return the pids of the children that `replace` has left us."""
-    return set(map(int, os.environ.pop("WEBSERVER_CHILDREN", "").split()))
 
 
 def list_sources() -> dict[str, int]:
@@ -1724,8 +1651,8 @@ def exit_child(status: int) -> NoReturn:
         if "threading" in sys.modules:
             sys.modules["threading"]._shutdown()
         atexit._run_exitfuncs()
-        flush_output()
     finally:
+        flush_output()
         os._exit(status)
 
 
@@ -1734,8 +1661,8 @@ def flush_output() -> None:
     for file in (sys.stdout, sys.stderr):
         try:
             file.flush()
-        except (OSError, ValueError):
-            pass  # closed, or nobody reads it
+        except (AttributeError, OSError, ValueError):
+            pass  # there is none, or it was closed, or nobody reads it
 
 
 # ---- 11. Command line -------------------------------------------------------
