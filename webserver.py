@@ -1211,6 +1211,7 @@ class Server:
         self.asked = set(self.children)  # children that were asked to finish
         self.activity = Activity(self.times, self.notes, self.elder_slot)  # a child's; its slot is set before the fork
         self.wake_read, self.wake_write = os.pipe()
+        self.signals: list[int] = []  # that came and were not obeyed yet
         self.deaths = 0  # of children in a row that no connection had reached
         self.next_fork = self.next_ask = self.next_tick = 0.0  # not before these times
         self.stop_by: float | None = None  # when the children must have finished; None while serving
@@ -1226,15 +1227,16 @@ class Server:
         notify("READY=1")
         while self.listener or self.children:
             self.keep_spare()
-            self.obey(self.sleep())
+            self.sleep()
+            self.obey()
             self.reap()
             self.watch(time.monotonic())
 
-    # Signals are data: their numbers come out of a pipe, where the loop reads them like the wake-ups of children. So
-    # nothing happens between two lines of the parent that is not written there (signal(7), signal.set_wakeup_fd).
+    # Signals are data: the handler notes the number, a byte in the wake-up pipe ends the sleep, and the loop does what
+    # is to be done. So nothing happens between two lines of the parent that is not written there (signal(7)).
 
     def catch_signals(self) -> None:
-        """Let each signal put its number into the pipe; a reload has kept them blocked until here."""
+        """Have signals noted; a reload has kept them blocked until here."""
         os.set_blocking(self.wake_read, False)
         os.set_blocking(self.wake_write, False)
         for signum in SIGNALS:
@@ -1243,20 +1245,20 @@ class Server:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def on_signal(self, signum: int, frame: Any) -> None:
-        """Handle a signal: in the parent the pipe has it already, in a child it concerns the connection."""
-        if not self.child_pid:
-            return
-        if os.getpid() != self.child_pid:  # a process that the application forked: it never asked for this handler
+        """Handle a signal: note it in the parent, and in a child do what concerns the connection."""
+        pid = os.getpid()
+        if pid == self.pid and not self.options.no_fork:
+            self.signals.append(signum)
+        elif self.child_pid and self.child_pid != pid:  # a process that the application forked, and no part of this
             signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
+            os.kill(pid, signum)
         elif signum == signal.SIGTERM:
             self.finish()
         elif signum == signal.SIGALRM:
-            if FREE < self.times[self.activity.slot] < time.monotonic() - self.options.timeout:  # and not just done
-                raise Overdue
+            self.interrupt()
 
-    def sleep(self) -> bytes:
-        """Return the numbers of the signals that came, 0 for the wake-ups of children; after a TICK at most."""
+    def sleep(self) -> None:
+        """Return when a signal, a child or, at the cap, a newcomer asks for something; after a TICK at most."""
         seconds = TICK if self.stop_by is None and not self.options.reload else TICK / 4
         watched = [self.wake_read]
         if self.listener and not self.has_room():  # then who knocks needs somebody to leave
@@ -1265,14 +1267,12 @@ class Server:
                 seconds = min(seconds, pause)
             else:
                 watched.append(self.listener.fileno())
-        select.select(watched, [], [], seconds)
-        try:
-            return os.read(self.wake_read, 4096)
-        except BlockingIOError:
-            return b""
+        if self.wake_read in select.select(watched, [], [], 0 if self.signals else seconds)[0]:
+            os.read(self.wake_read, 4096)
 
-    def obey(self, signums: bytes) -> None:
-        """Do what the signals ask; SIGCHLD, like 0, only ends the sleep."""
+    def obey(self) -> None:
+        """Do what the signals ask; SIGCHLD only ends the sleep."""
+        signums, self.signals = self.signals, []
         for signum in signums:
             if signum in (signal.SIGTERM, signal.SIGINT):
                 self.stop()
@@ -1297,11 +1297,11 @@ class Server:
     def fork_child(self, slot: int) -> None:
         """Fork a child for the slot.
 
-        Signals wait meanwhile: one that the child gets before it has left the parent's pipe would be the parent's.
+        The pipe is out of reach of signals meanwhile: one that the child gets early on must not wake the parent.
         """
         self.times[slot] = ACCEPTING
         self.activity.slot = slot
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        signal.set_wakeup_fd(-1)
         try:
             pid = os.fork()
             if pid == 0:
@@ -1313,7 +1313,7 @@ class Server:
             self.next_fork = time.monotonic() + TICK
             self.say("cannot fork: %s" % error.strerror)
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
 
     # Death
 
@@ -1515,10 +1515,8 @@ class Server:
         status = 1
         try:
             self.child_pid = os.getpid()
-            signal.set_wakeup_fd(-1)  # the parent's pipe must not learn of the child's signals
             os.close(self.wake_read)
             atexit._clear()  # what the parent registered is the parent's to run
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             self.serve_connections(self.options.connections_per_child)
             status = 0
         except BaseException as error:
@@ -1576,6 +1574,11 @@ class Server:
         if self.listener:
             self.listener.close()
             os.close(self.wake_write)
+
+    def interrupt(self) -> None:
+        """Raise Overdue in the application, unless the request was done when the signal came."""
+        if FREE < self.times[self.activity.slot] < time.monotonic() - self.options.timeout:
+            raise Overdue
 
     def finish(self) -> None:
         """Accept no more, answer the request in hand and close; when idle, after LAST_CALL.
