@@ -78,6 +78,7 @@ KILL_AFTER = 5.0  # from the signal that interrupts an overdue request to the on
 TICK = 1.0  # how often parent and waiting children look around unasked: the price of a wake-up that was missed
 ALARM_SLACK = 0.25  # a client's silence ends at the deadline, an application's so much later: 408 and 504 never race
 CHECK_TIMEOUT = 30.0  # for new code to load before a reload
+MAX_LOGGED = (2000, 600, 60)  # of a text that the client sent, the longest that leaves the line of the log whole
 QUIET = 60.0  # between two log lines about the same trouble
 
 RECEIVE_SIZE = 65536  # one recv
@@ -175,7 +176,7 @@ RESPONSE_FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 # Fields that belong to the connection and so to the server alone (RFC 9110 §7.6.1; PEP 3333, "Other HTTP Features")
 HOP_BY_HOP_FIELDS = frozenset((
-    "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
+    "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer", "trailers",
     "transfer-encoding", "upgrade",
 ))  # fmt: skip
 
@@ -841,11 +842,13 @@ class Response:
             self.head = parse_response_head(status, tuple(response_headers))
         except TypeError:
             raise TypeError("not a status and a list of (name, value): %r, %r" % (status, response_headers)) from None
-        self.length = self.head.length
+        self.length = 0 if self.head.status == 205 else self.head.length  # RFC 9110 §15.3.6
         self.has_body = self.request.method != "HEAD" and self.head.status not in (204, 304)  # RFC 9110 §6.4.1
 
     def write(self, block: bytes) -> None:
         """Send a block of the body, with the head before the first (PEP 3333, "The write() Callable")."""
+        if self.is_complete:
+            raise AssertionError("write() was called after the end of the response")
         if not isinstance(block, bytes):
             raise TypeError("a block of the body is not bytes: %.100r" % (block,))
         if not block or self.is_full:
@@ -889,7 +892,7 @@ class Response:
 
     def finish(self, last: bytes = b"") -> None:
         """Send the last block, and what ends the body by its framing."""
-        if self.length is None and not self.is_head_sent and (last or self.request.method != "HEAD"):
+        if self.length is None and not self.is_head_sent and (last or self.has_body):
             self.length = len(last)
         self.write(last)
         if not self.is_head_sent:
@@ -952,7 +955,7 @@ def parse_response_head(status: str, response_headers: tuple[tuple[str, str], ..
 
 def check_header(header: tuple[str, str]) -> tuple[str, str]:
     """Return the name of a header in lower case and its value, if an application may send it."""
-    if not isinstance(header, tuple) or [type(part) for part in header] != [str, str]:
+    if not (isinstance(header, tuple) and len(header) == 2 and all(isinstance(part, str) for part in header)):
         raise TypeError
     name, value = header[0].lower(), header[1].strip(" \t")
     if not TOKEN.fullmatch(name.encode("utf-8")):
@@ -999,13 +1002,17 @@ class FileWrapper:
     def find_regular_file(self) -> tuple[int, int, int] | None:
         """Return the descriptor, offset and remaining size of a file whose bytes sendfile(2) may take from the disk.
 
-        That is one that Python reads as it is: a GzipFile has a descriptor, too, but its bytes are not the content.
+        Only where Python would read the same bytes: not from a GzipFile, which has a descriptor, too, nor from a
+        class with a read() of its own, nor from /proc, whose files have no blocks and tell no size.
         """
-        if not isinstance(getattr(self.file, "raw", self.file), io.FileIO) or not hasattr(os, "sendfile"):
+        file, raw = self.file, getattr(self.file, "raw", self.file)
+        if type(file) not in (io.FileIO, io.BufferedReader, io.BufferedRandom) or type(raw) is not io.FileIO:
             return None
-        status = os.fstat(self.file.fileno())
-        offset = self.file.tell()
-        return (self.file.fileno(), offset, max(status.st_size - offset, 0)) if stat.S_ISREG(status.st_mode) else None
+        status = os.fstat(file.fileno())
+        if not (hasattr(os, "sendfile") and file.readable() and stat.S_ISREG(status.st_mode) and status.st_blocks):
+            return None
+        offset = file.tell()
+        return file.fileno(), offset, max(status.st_size - offset, 0)
 
 
 # ---- 9. Connection ----------------------------------------------------------
@@ -1039,7 +1046,8 @@ def serve_request(
         if not head:
             return False
         began = stream.activity.work(head)
-        response.request, variables = request, _ = interpret_head(head)
+        request, variables = interpret_head(head)
+        response.request = request
         response.is_closing = not (request.is_persistent and options.keep_alive)
         environ = {**connection, **variables, "webserver.request_number": number}
         if request.length != 0:
@@ -1125,13 +1133,22 @@ def log_access(style: str, response: Response, connection: Environ, head: bytes,
         "seconds": round(time.monotonic() - began, 6),
         "detail": detail,
     }
+    for length in MAX_LOGGED:
+        cut = {key: value[:length] if isinstance(value, str) else value for key, value in facts.items()}
+        line = format_access(style, cut)
+        if len(line) < select.PIPE_BUF:
+            break
+    write_line(1, line)
+
+
+def format_access(style: str, facts: dict[str, Any]) -> str:
+    """Return a line of the access log."""
     if style == "json":
         import json
 
-        write_line(1, json.dumps(facts))
-    else:
-        facts.update((key, escape(value)) for key, value in facts.items() if isinstance(value, str))
-        write_line(1, (COMBINED + ' "%(detail)s"' if detail else COMBINED) % facts)
+        return json.dumps(facts)
+    escaped = {key: escape(value) if isinstance(value, str) else value for key, value in facts.items()}
+    return (COMBINED + ' "%(detail)s"' if facts["detail"] else COMBINED) % escaped
 
 
 COMBINED = '%(client)s - - [%(time)s] "%(request)s" %(status)d %(bytes)d "%(referer)s" "%(user_agent)s" %(seconds).6f'
@@ -1192,6 +1209,7 @@ def log_exception(error: BaseException, head: bytes = b"") -> None:
 
 SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)
 LISTEN_FD = 3  # where sd_listen_fds(3) has the first socket
+OWN_SOCKET = "webserver.py"  # its name, if it was this program that opened it, before a reload
 
 
 class Server:
@@ -1456,12 +1474,12 @@ class Server:
             return
         notify("STOPPING=1")
         self.stop_by = time.monotonic() + self.options.graceful_timeout
-        if self.listener:
+        if self.listener and not self.options.bind.startswith("fd:"):  # that is somebody else's, who may want it back
             self.listener.listen(0)  # the kernel takes no more for us; those that it has are served before the end
 
     def go_on_stopping(self, now: float, stop_by: float) -> None:
         """Close the listening socket when its queue is empty, let the children finish, kill what is left at the end."""
-        if self.listener and (now >= stop_by or not self.has_newcomers()):
+        if self.listener and (now >= stop_by - self.options.graceful_timeout / 2 or not self.has_newcomers()):
             close_listener(self.listener, self.options.bind)
             self.listener = None
             for pid in self.children:
@@ -1505,8 +1523,9 @@ class Server:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         os.dup2(listener.fileno(), LISTEN_FD)
         os.set_inheritable(LISTEN_FD, True)
+        name = "" if self.options.bind.startswith("fd:") else OWN_SOCKET
         children = " ".join(map(str, self.children))
-        start_again(LISTEN_FDS="1", LISTEN_PID=str(self.pid), WEBSERVER_CHILDREN=children)
+        start_again(LISTEN_FDS="1", LISTEN_PID=str(self.pid), LISTEN_FDNAMES=name, WEBSERVER_CHILDREN=children)
 
     # In the child
 
@@ -1518,6 +1537,7 @@ class Server:
             os.close(self.wake_read)
             atexit._clear()  # what the parent registered is the parent's to run
             self.serve_connections(self.options.connections_per_child)
+            self.activity.renew()  # the exit, too, has a deadline
             status = 0
         except BaseException as error:
             log_exception(error)
@@ -1711,7 +1731,10 @@ def start(load: Callable[[], Application], options: Options) -> None:
         application = load()
         print("the application loads: %r" % (application,), file=sys.stdout if options.check else sys.stderr)
         return
-    listener = inherit_listener() or open_listener(options.bind)
+    listener = inherit_listener()
+    if listener and os.environ.pop("LISTEN_FDNAMES", "") != OWN_SOCKET:
+        options = options._replace(bind="fd:%d" % LISTEN_FD)
+    listener = listener or open_listener(options.bind)
     if options.user:
         drop_privileges(options.user)
     elif os.geteuid() == 0:
