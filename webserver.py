@@ -383,6 +383,8 @@ def read_head(stream: Stream, patience: float, seconds: float) -> bytes:
     many seconds after its first bytes.
     """
     stream.set_patience(patience)
+    if stream.activity.is_finishing:  # already; a signal from here on shortens the wait itself
+        stream.set_patience(LAST_CALL)
     try:
         data = stream.pending or stream.receive()
         while data in (b"\r", b"\r\n"):  # the line end that old clients send behind a body begins no request
@@ -390,10 +392,14 @@ def read_head(stream: Stream, patience: float, seconds: float) -> bytes:
             data = received and data + received
     except TimeoutError:
         return b""
-    if b"\r\n\r\n" not in data:
-        data = data and read_rest_of_head(stream, data, time.monotonic() + seconds)
-    head, end, stream.pending = data.partition(b"\r\n\r\n")
-    return head + end
+    if not data:
+        return b""
+    end = data.find(b"\r\n\r\n") + 4
+    if end < 4:
+        data = read_rest_of_head(stream, data, time.monotonic() + seconds)
+        end = data.find(b"\r\n\r\n") + 4
+    stream.pending = data[end:]
+    return data[:end]
 
 
 def read_rest_of_head(stream: Stream, data: bytes, deadline: float) -> bytes:
@@ -710,6 +716,7 @@ def make_connection_environ(sock: socket.socket, address: Any, is_multiprocess: 
     server, port = ("localhost", 80) if is_unix else sock.getsockname()[:2]
     client, client_port = ("", "") if is_unix else address[:2]
     return {
+        "webserver.request": 0,  # its number on the connection
         "SCRIPT_NAME": "",
         "SERVER_NAME": strip_mapping(server),
         "SERVER_PORT": str(port),
@@ -851,9 +858,14 @@ class Response:
         self.has_body = self.request.method != "HEAD" and self.head.status not in (204, 304)  # RFC 9110 §6.4.1
 
     def write(self, block: bytes) -> None:
-        """Send a block of the body, with the head before the first (PEP 3333, "The write() Callable")."""
+        """Send a block of the body, which is progress (PEP 3333, "The write() Callable")."""
         if self.is_complete:
             raise AssertionError("write() was called after the end of the response")
+        self.send_block(block)
+        self.stream.activity.renew()
+
+    def send_block(self, block: bytes) -> None:
+        """Send a block, with the head before the first."""
         if not isinstance(block, bytes):
             raise TypeError("a block of the body is not bytes: %.100r" % (block,))
         if not block or self.is_full:
@@ -873,7 +885,6 @@ class Response:
             self.stream.send(head + block + end)
         else:
             self.stream.send_parts(head, block, end)
-        self.stream.activity.renew()
 
     def write_blocks(self, blocks: Iterable[bytes]) -> None:
         """Send block by block, each at once (PEP 3333, "Buffering and Streaming")."""
@@ -899,7 +910,7 @@ class Response:
         """Send the last block, and what ends the body by its framing."""
         if self.length is None and not self.is_head_sent and (last or self.has_body):
             self.length = len(last)
-        self.write(last)
+        self.send_block(last)
         if not self.is_head_sent:
             self.stream.send(self.make_head())
         if self.is_chunked:
@@ -931,7 +942,7 @@ class Response:
             connection = b"Connection: keep-alive\r\n"
         self.is_head_sent = True
         date = b"" if head.has_date else make_date_line(int(time.time()))
-        return b"%b%b%b%b\r\n" % (head.lines, framing, date, connection)
+        return b"".join((head.lines, framing, date, connection, b"\r\n"))
 
 
 @lru_cache(maxsize=64)
@@ -1033,28 +1044,29 @@ def serve_connection(
         try:
             stream = Stream(sock, activity, options.timeout)
             environ = make_connection_environ(sock, address, not options.no_fork)
-            number = 1
-            while serve_request(application, options, stream, environ, number):
+            patience = min(HEAD_TIMEOUT, options.timeout)
+            while serve_request(application, options, stream, environ, patience):
                 activity.wait()
-                number += 1
+                patience = options.keep_alive
         except (ClientGoneError, OSError):  # OSError: it was reset before we first looked at it
             pass
 
 
 def serve_request(
-    application: Application, options: Options, stream: Stream, connection: Environ, number: int
+    application: Application, options: Options, stream: Stream, connection: Environ, patience: float
 ) -> bool:
-    """Serve the next request; return whether another may follow (RFC 9112 §9.3)."""
-    response, head, detail, began = Response(stream), b"", "", time.monotonic()
+    """Serve the next request, if it comes within the patience; return whether another may follow (RFC 9112 §9.3)."""
+    response, head, detail, began = Response(stream), b"", "", 0.0
     try:
-        head = read_head(stream, choose_patience(options, stream, number), min(HEAD_TIMEOUT, options.timeout))
+        head = read_head(stream, patience, min(HEAD_TIMEOUT, options.timeout))
         if not head:
             return False
         began = stream.activity.work(head)
         request, variables = interpret_head(head)
         response.request = request
         response.is_closing = not (request.is_persistent and options.keep_alive)
-        environ = {**connection, **variables, "webserver.request_number": number}
+        connection["webserver.request"] += 1
+        environ = {**connection, **variables}
         if request.length != 0:
             stream.set_patience(options.timeout)
             response.body = Body(stream, request, options.limit_request_body)
@@ -1072,13 +1084,6 @@ def serve_request(
         end_connection(response, detail)
         return False
     return True
-
-
-def choose_patience(options: Options, stream: Stream, number: int) -> float:
-    """Return how long to wait for the first bytes of a request, in seconds."""
-    if stream.activity.is_finishing:
-        return LAST_CALL
-    return min(HEAD_TIMEOUT, options.timeout) if number == 1 else options.keep_alive
 
 
 @lru_cache(maxsize=64)
@@ -1135,7 +1140,7 @@ def log_access(style: str, response: Response, connection: Environ, head: bytes,
         "bytes": response.sent,
         "referer": response.request.fields.get("referer", "-"),
         "user_agent": response.request.fields.get("user-agent", "-"),
-        "seconds": round(time.monotonic() - began, 6),
+        "seconds": round(time.monotonic() - began, 6) if began else 0.0,
         "detail": detail,
     }
     for length in MAX_LOGGED:
@@ -2034,8 +2039,7 @@ def show_environ(environ: Environ, start_response: StartResponse) -> list[bytes]
     """The application that is served when none is named: who answered, and what an application sees."""
     from html import escape as escape_html
 
-    number = environ["webserver.request_number"]
-    facts = "%s, process %d, request %d on this connection" % (PRODUCT, os.getpid(), number)
+    facts = "%s, process %d, request %d on this connection" % (PRODUCT, os.getpid(), environ["webserver.request"])
     rows = [(key, repr(value)) for key, value in sorted(environ.items())]
     if "text/html" in environ.get("HTTP_ACCEPT", ""):
         table = "\n".join("<tr><th>%s<td>%s" % (escape_html(key), escape_html(value)) for key, value in rows)
