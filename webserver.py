@@ -405,6 +405,7 @@ def read_head(stream: Stream, patience: float, seconds: float) -> bytes:
 def read_rest_of_head(stream: Stream, data: bytes, deadline: float) -> bytes:
     """Return the data with what still had to come for a whole head; HTTPError if it does not come by the deadline."""
     checked = 0
+    stream.activity.renew()  # no longer idle: it does not give way
     while b"\r\n\r\n" not in data:
         stream.pending = data  # for the log, should it be refused
         check_partial_head(data, checked)
@@ -1172,9 +1173,12 @@ def make_log_time(second: int) -> str:
     return "%02d/%s/%d:%02d:%02d:%02d +0000" % date
 
 
+UNSAFE = re.compile(r'[^ !#-\[\]-~]')
+
+
 def escape(text: str) -> str:
     r"""Return the text in visible ASCII, the rest as \xNN: what a client sent must not forge a line or a quote."""
-    return text.encode("unicode_escape").decode().replace('"', '\\"')
+    return UNSAFE.sub(lambda match: "\\x%02x" % ord(match.group()), text)
 
 
 def write_line(fd: int, line: str) -> None:
@@ -1230,7 +1234,7 @@ class Server:
         self.serve = serve
         self.options = options
         self.pid = os.getpid()  # the parent's
-        self.child_pid = 0  # in a child, its own
+        self.child_pid = self.pid if options.no_fork else 0  # in a child, its own
         self.times, self.notes = make_scoreboard(options.max_connections + 1)
         self.free_slots = list(range(options.max_connections))
         self.elder_slot = options.max_connections  # of all children that the program before a reload has left us
@@ -1239,68 +1243,75 @@ class Server:
         self.asked = set(self.children)  # children that were asked to finish
         self.activity = Activity(self.times, self.notes, self.elder_slot)  # a child's; its slot is set before the fork
         self.wake_read, self.wake_write = os.pipe()
-        self.signals: list[int] = []  # that came and were not obeyed yet
         self.deaths = 0  # of children in a row that no connection had reached
         self.next_fork = self.next_ask = self.next_tick = 0.0  # not before these times
         self.stop_by: float | None = None  # when the children must have finished; None while serving
         self.checker = 0  # the pid of the process that tries new code, 0 if there is none
         self.check_by = 0.0  # when it must have finished
+        self.wants_check = False  # something has changed meanwhile
         self.sources = list_sources() if options.reload else {}
         self.totals = {"connections": 0, "forks": 0, "reaped": 0, "timeouts": 0, "crashes": 0}
         self.last_said: dict[str, float] = {}
 
     def run(self) -> None:
         """The parent's life: keep a child spare, sleep until something happens, and look after what did."""
-        self.catch_signals()
         notify("READY=1")
+        if self.options.no_fork:
+            self.serve_connections(0)
+            return
         while self.listener or self.children:
             self.keep_spare()
-            self.sleep()
-            self.obey()
+            self.obey(self.sleep())
             self.reap()
             self.watch(time.monotonic())
 
-    # Signals are data: the handler notes the number, a byte in the wake-up pipe ends the sleep, and the loop does what
-    # is to be done. So nothing happens between two lines of the parent that is not written there (signal(7)).
+    # Signals are data: their numbers come out of a pipe, where the loop reads them like the wake-ups of children. So
+    # nothing happens between two lines of the parent that is not written there (signal(7), signal.set_wakeup_fd).
 
     def catch_signals(self) -> None:
-        """Have signals noted; a reload has kept them blocked until here."""
+        """Let each signal put its number into the pipe; a reload has kept them blocked until here."""
         os.set_blocking(self.wake_read, False)
         os.set_blocking(self.wake_write, False)
         for signum in SIGNALS:
-            signal.signal(signum, self.on_signal)
+            if signum != signal.SIGINT or not self.options.no_fork:  # there it is for the debugger
+                signal.signal(signum, self.on_signal)
         signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def on_signal(self, signum: int, frame: Any) -> None:
-        """Handle a signal: note it in the parent, and in a child do what concerns the connection."""
-        pid = os.getpid()
-        if pid == self.pid and not self.options.no_fork:
-            self.signals.append(signum)
-        elif self.child_pid and self.child_pid != pid:  # a process that the application forked, and no part of this
+        """Handle a signal: in the parent the pipe has it already, in a child it concerns the connection."""
+        if not self.child_pid:
+            return
+        if self.child_pid != os.getpid():  # a process that the application forked: it never asked for this handler
             signal.signal(signum, signal.SIG_DFL)
-            os.kill(pid, signum)
+            os.kill(os.getpid(), signum)
         elif signum == signal.SIGTERM:
             self.finish()
         elif signum == signal.SIGALRM:
             self.interrupt()
 
-    def sleep(self) -> None:
-        """Return when a signal, a child or, at the cap, a newcomer asks for something; after a TICK at most."""
+    def sleep(self) -> bytes:
+        """Return the numbers of the signals that came, 0 for wake-ups by children; after a TICK at most."""
+        now = time.monotonic()
         seconds = TICK if self.stop_by is None and not self.options.reload else TICK / 4
-        watched = [self.wake_read]
-        if self.listener and not self.has_room():  # then who knocks needs somebody to leave
-            pause = self.next_ask - time.monotonic()
-            if pause > 0:
-                seconds = min(seconds, pause)
-            else:
-                watched.append(self.listener.fileno())
-        if self.wake_read in select.select(watched, [], [], 0 if self.signals else seconds)[0]:
-            os.read(self.wake_read, 4096)
+        awaited = [self.wake_read]
+        if self.listener and self.is_full() and now >= self.next_ask:
+            awaited.append(self.listener.fileno())
+        for moment in (self.next_ask, self.next_fork):
+            if now < moment:
+                seconds = min(seconds, moment - now)
+        wait_readable(awaited, seconds)
+        return self.read_signals()
 
-    def obey(self) -> None:
-        """Do what the signals ask; SIGCHLD only ends the sleep."""
-        signums, self.signals = self.signals, []
+    def read_signals(self) -> bytes:
+        """Return what is in the pipe."""
+        try:
+            return os.read(self.wake_read, 4096)
+        except BlockingIOError:
+            return b""
+
+    def obey(self, signums: bytes) -> None:
+        """Do what the signals ask; SIGCHLD, like 0, only ends the sleep."""
         for signum in signums:
             if signum in (signal.SIGTERM, signal.SIGINT):
                 self.stop()
@@ -1313,10 +1324,16 @@ class Server:
 
     def keep_spare(self) -> None:
         """Fork a child if none waits in accept()."""
-        while self.listener and self.has_room() and ACCEPTING not in self.times.tolist():
-            if time.monotonic() < self.next_fork:
-                return
+        if self.listener and self.has_room() and not self.has_spare() and time.monotonic() >= self.next_fork:
             self.fork_child(self.free_slots.pop())
+
+    def has_spare(self) -> bool:
+        """Return whether a child waits in accept()."""
+        return ACCEPTING in self.times.tolist()
+
+    def is_full(self) -> bool:
+        """Return whether the cap is reached, so that for who knocks now somebody would have to leave."""
+        return not self.has_room() and not self.has_spare()
 
     def has_room(self) -> bool:
         """Return whether the cap allows one more child."""
@@ -1325,11 +1342,12 @@ class Server:
     def fork_child(self, slot: int) -> None:
         """Fork a child for the slot.
 
-        The pipe is out of reach of signals meanwhile: one that the child gets early on must not wake the parent.
+        Signals wait meanwhile: one that the child gets before it has left the parent's pipe would be taken for the
+        parent's, or be lost.
         """
         self.times[slot] = ACCEPTING
         self.activity.slot = slot
-        signal.set_wakeup_fd(-1)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             pid = os.fork()
             if pid == 0:
@@ -1341,7 +1359,7 @@ class Server:
             self.next_fork = time.monotonic() + TICK
             self.say("cannot fork: %s" % error.strerror)
         finally:
-            signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     # Death
 
@@ -1369,18 +1387,17 @@ class Server:
         was_asked, was_accepting = pid in self.asked, self.times[slot] == ACCEPTING
         connections, _, client, line = self.read_note(slot)
         self.totals["connections"] += connections
-        if os.WIFSIGNALED(status):
+        if status:
             self.totals["crashes"] += 1
             doing = "waiting" if was_accepting else 'serving %s "%s"' % (client, line)
-            log_error("child %d died of %s while %s" % (pid, signal.Signals(os.WTERMSIG(status)).name, doing))
+            log_error("child %d %s while %s" % (pid, describe_end(status), doing))
         self.asked.discard(pid)
         self.free_slot(slot)
         if not was_accepting:
             self.deaths = 0
-        elif status and not was_asked:  # back off, or children that cannot live would be a fork storm
+        elif not was_asked:  # back off, or children that cannot live would be a fork storm
             self.deaths += 1
             self.next_fork = time.monotonic() + min(0.01 * 2**self.deaths, TICK)
-            self.say("a child ended before it served")
 
     def free_slot(self, slot: int) -> None:
         """Take back a slot."""
@@ -1401,19 +1418,19 @@ class Server:
         """Enforce what time enforces."""
         if self.stop_by is not None:
             self.go_on_stopping(now, self.stop_by)
-        elif now >= self.next_ask and not self.has_room() and self.has_newcomers():
+        elif now >= self.next_ask and self.is_full() and self.has_newcomers():
             self.make_room(now)
         if now >= self.next_tick:
             self.next_tick = now + TICK
             self.enforce_deadlines(now)
             self.retire_surplus()
-        if self.options.reload and list_sources() != self.sources:
+        if self.options.reload and not self.checker and list_sources() != self.sources:
             self.sources = list_sources()
             self.reload()
 
     def has_newcomers(self) -> bool:
         """Return whether a connection waits in the kernel's queue."""
-        return bool(self.listener and select.select([self.listener], [], [], 0)[0])
+        return self.listener is not None and bool(wait_readable([self.listener.fileno()], 0))
 
     def make_room(self, now: float) -> None:
         """Ask the connection that has been idle longest to give way, else the busy one of the oldest request."""
@@ -1484,6 +1501,10 @@ class Server:
             return
         notify("STOPPING=1")
         self.stop_by = time.monotonic() + self.options.graceful_timeout
+        if self.checker:
+            os.kill(self.checker, signal.SIGKILL)
+        for pid in self.children:
+            self.ask(pid)
         if self.listener and not self.options.bind.startswith("fd:"):  # that is somebody else's, who may want it back
             self.listener.listen(0)  # the kernel takes no more for us; those that it has are served before the end
 
@@ -1492,7 +1513,7 @@ class Server:
         if self.listener and (now >= stop_by - self.options.graceful_timeout / 2 or not self.has_newcomers()):
             close_listener(self.listener, self.options.bind)
             self.listener = None
-            for pid in self.children:
+            for pid in self.children.keys() - self.asked:
                 self.ask(pid)
         if now >= stop_by:
             self.kill_all(list(self.children))
@@ -1501,6 +1522,7 @@ class Server:
 
     def reload(self) -> None:
         """Try the code as it is now in a fresh interpreter; only if it loads there, `replace` follows."""
+        self.wants_check = bool(self.checker)  # then once more when that has ended
         if self.checker or self.stop_by is not None:
             return
         self.check_by = time.monotonic() + CHECK_TIMEOUT
@@ -1516,9 +1538,11 @@ class Server:
     def end_check(self, status: int) -> None:
         """Hear what became of the check."""
         self.checker = 0
-        if status == 0 and self.listener:
+        if self.wants_check:
+            self.reload()
+        elif status == 0 and self.listener:
             self.replace(self.listener)
-        else:
+        elif self.stop_by is None:
             log_error("the new code does not load: the old code goes on")
 
     def replace(self, listener: socket.socket) -> None:
@@ -1527,10 +1551,14 @@ class Server:
         Who connects meanwhile waits in the kernel's queue. The children finish, and are reaped by the new program.
         Signals stay blocked until it can hear them (sd_listen_fds(3), execve(2)).
         """
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        self.obey(self.read_signals())
+        if self.stop_by is not None:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            return
         notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
         for pid in self.children:
             self.ask(pid)
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         os.dup2(listener.fileno(), LISTEN_FD)
         os.set_inheritable(LISTEN_FD, True)
         name = "" if self.options.bind.startswith("fd:") else OWN_SOCKET
@@ -1544,6 +1572,9 @@ class Server:
         status = 1
         try:
             self.child_pid = os.getpid()
+            self.activity.is_finishing = self.stop_by is not None
+            signal.set_wakeup_fd(-1)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             os.close(self.wake_read)
             atexit._clear()  # what the parent registered is the parent's to run
             self.serve_connections(self.options.connections_per_child)
@@ -1553,13 +1584,6 @@ class Server:
             log_exception(error)
         finally:
             exit_child(status)
-
-    def live_alone(self) -> None:
-        """The life of the one process under --no-fork, which has nothing to fork, reap or watch."""
-        self.child_pid = self.pid
-        os.set_blocking(self.wake_write, False)
-        signal.signal(signal.SIGTERM, self.on_signal)
-        self.serve_connections(0)
 
     def serve_connections(self, number: int) -> None:
         """Accept and serve so many connections, 0 for as many as come."""
@@ -1593,11 +1617,11 @@ class Server:
 
     def wake_parent(self) -> None:
         """Wake the parent if no child is left in accept()."""
-        if ACCEPTING not in self.times.tolist():
+        if not self.has_spare():
             try:
                 os.write(self.wake_write, b"\0")
-            except BlockingIOError:
-                pass  # the pipe is full of reasons to wake up
+            except OSError:
+                pass  # it is full of reasons to wake up, or nobody is left to read them
 
     def leave_parent(self) -> None:
         """Close what the child needs no more, before an application can hand it on."""
@@ -1633,6 +1657,22 @@ class Server:
 # How this program was started, for a reload to start it again. Not as it is now: an application may have changed all.
 STARTED_IN, STARTED_WITH = os.getcwd(), dict(os.environ)
 STARTED_AS = [sys.executable, *getattr(sys, "orig_argv", [sys.executable, *sys.argv])[1:]]
+
+
+def describe_end(status: int) -> str:
+    """Return how a process has ended by its wait status (waitpid(2))."""
+    if not os.WIFSIGNALED(status):
+        return "exited with %d" % os.WEXITSTATUS(status)
+    number = os.WTERMSIG(status)
+    return "died of " + ("signal %d" % number if number not in set(signal.Signals) else signal.Signals(number).name)
+
+
+def wait_readable(fds: list[int], seconds: float) -> list[int]:
+    """Return those of the descriptors that have something to read, as soon as one has, or after so many seconds."""
+    poller = select.poll()  # not select(2): that ends at descriptor 1023
+    for fd in fds:
+        poller.register(fd, select.POLLIN)
+    return [fd for fd, _ in poller.poll(seconds * 1000)]
 
 
 def start_again(**environ: str) -> NoReturn:
@@ -1745,18 +1785,17 @@ def start(load: Callable[[], Application], options: Options) -> None:
     if listener and os.environ.pop("LISTEN_FDNAMES", "") != OWN_SOCKET:
         options = options._replace(bind="fd:%d" % LISTEN_FD)
     listener = listener or open_listener(options.bind)
+    faulthandler.enable()  # the Python stack of a segfault, on stderr
     if options.user:
         drop_privileges(options.user)
-    elif os.geteuid() == 0:
-        log_error("running as root: let --user NAME give that up once the address is bound")
     application = load()
-    log_error("serving on %s, pid %d" % (describe_address(listener), os.getpid()))
     server = Server(listener, partial(serve_connection, application, options), options)
     prepare_to_fork()
-    if options.no_fork:
-        server.live_alone()
-    else:
-        server.run()
+    server.catch_signals()
+    if os.geteuid() == 0:
+        log_error("running as root: let --user NAME give that up once the address is bound")
+    log_error("serving on %s, pid %d" % (describe_address(listener), os.getpid()))
+    server.run()
 
 
 def prepare_to_fork() -> None:
@@ -1765,7 +1804,6 @@ def prepare_to_fork() -> None:
     if threading and threading.active_count() > 1:
         names = ", ".join(thread.name for thread in threading.enumerate()[1:])
         log_error("the application has started threads, which no child will have (%s)" % names)
-    faulthandler.enable()  # the Python stack of a segfault, on stderr
     flush_output()  # else each child would flush a copy
     gc.collect()
     if hasattr(gc, "freeze"):
@@ -1948,11 +1986,13 @@ def inherit_listener() -> socket.socket | None:
 def open_listener(bind: str) -> socket.socket:
     """Return the listening socket for an address: HOST:PORT, :PORT, unix:PATH or fd:N."""
     kind, _, rest = bind.partition(":")
+    if kind == "unix" and not rest or kind == "fd" and not rest.isdigit():
+        raise StartError("not an address: %r; write unix:PATH or fd:N" % bind, 2)
     try:
         if kind == "unix":
             listener = bind_unix(rest)
         elif kind == "fd":
-            listener = socket.socket(fileno=int(rest) if rest.isdigit() else -1)
+            listener = socket.socket(fileno=int(rest))
             listener.set_inheritable(False)
         else:
             listener = bind_tcp(bind)
