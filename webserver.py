@@ -8,7 +8,7 @@
 It needs CPython 3.8 or later on a POSIX system, and no package. It writes nothing to disk and runs as any user,
 also as PID 1 of a container. A request that crashes, hangs or exits takes down its own connection and no other.
 
-How to read it. The file has two halves that meet in one line of `serve`, where one callable is handed over. The upper
+How to read it. The file has two halves that meet in one line of `start`, where one callable is handed over. The upper
 half (sections 2 to 9) knows HTTP and WSGI and never heard of fork; the lower half (section 10) knows processes and
 never heard of HTTP. Each unfolds in the order of a life, the headline function of a section first:
 
@@ -113,12 +113,7 @@ REASONS = {
 
 
 class HTTPError(Exception):
-    """An exchange that ends in an error: the status code for the client, and a detail for the client and the log."""
-
-    def __init__(self, status: int, detail: str) -> None:
-        super().__init__(status, detail)
-        self.status = status
-        self.detail = detail
+    """An exchange that ends in an error: the status code, and a detail for the client and the log."""
 
 
 class ClientGoneError(Exception):
@@ -1081,10 +1076,12 @@ def serve_request(
         detail = recover(response, head or stream.pending, error)
     if options.access_log != "off":
         log_access(options.access_log, response, connection, head or stream.pending, began, detail)
-    if detail or response.is_closing or not (response.body is None or response.body.drain()):
-        end_connection(response, detail)
-        return False
-    return True
+    body = response.body
+    if not (detail or response.is_closing) and (body is None or body.drain()):
+        return True
+    if detail or stream.pending or response.request.is_persistent or (body and (body.is_chunked or body.remaining)):
+        stream.linger()  # else it was the client that wanted the close, and all that it sent was read
+    return False
 
 
 @lru_cache(maxsize=64)
@@ -1098,37 +1095,31 @@ def recover(response: Response, head: bytes, error: BaseException) -> str:
     """Answer what went wrong, or cut the response off so that the client can tell; return the detail for the log."""
     if isinstance(error, ClientGoneError):
         return "the client has gone"
-    if not isinstance(error, HTTPError):
+    if isinstance(error, HTTPError):
+        status, detail = error.args
+    else:
         log_exception(error, head)
         overdue = isinstance(error, Overdue)
-        error = HTTPError(504, "the application took too long") if overdue else HTTPError(500, "the application failed")
+        status, detail = (504, "the application took too long") if overdue else (500, "the application failed")
     try:
         if not response.is_head_sent:
-            send_error(response, head, error)
+            send_error(response, head, "%d %s" % (status, REASONS[status]), detail)
         elif response.has_body and not (response.is_complete or response.is_chunked) and response.length is None:
             response.stream.reset()  # only the close would tell that the body is complete
     except ClientGoneError:
         pass  # the log line says what it would have been told
-    return error.detail
+    return str(detail)
 
 
-def send_error(response: Response, head: bytes, error: HTTPError) -> None:
-    """Answer with the words of the status and the detail."""
+def send_error(response: Response, head: bytes, status: str, detail: str) -> None:
+    """Answer with the status and the detail, and end the connection."""
     if response.request is NO_REQUEST and head.startswith(b"HEAD "):
         response.request = NO_REQUEST._replace(method="HEAD")
     response.stream.activity.renew()
     response.body = None
     response.is_closing = True
-    reason = REASONS[error.status]
-    response.start("%d %s" % (error.status, reason), [("Content-Type", "text/plain; charset=utf-8")])
-    response.finish(("%s: %s\n" % (reason, error.detail)).encode())
-
-
-def end_connection(response: Response, detail: str) -> None:
-    """Linger, unless the client itself wanted the close and all that it sent was read."""
-    body, stream = response.body, response.stream
-    if detail or stream.pending or response.request.is_persistent or (body and (body.is_chunked or body.remaining)):
-        stream.linger()
+    response.start(status, [("Content-Type", "text/plain; charset=utf-8")])
+    response.finish(("%s: %s\n" % (status, detail)).encode())
 
 
 def log_access(style: str, response: Response, connection: Environ, head: bytes, began: float, detail: str) -> None:
@@ -1825,36 +1816,18 @@ def parse_command_line(words: list[str]) -> tuple[str, Options]:
         parser.add_argument(flag, action="store_true", help=text)
     parser.add_argument("--version", action="version", version=PRODUCT)
     for flags, text in FOREIGN_OPTIONS:
-        parser.add_argument(*flags.split(), dest="foreign", type=partial(refuse_option, text), help=argparse.SUPPRESS)
+        refuse = partial(parse_value, "(?!)", str, text)
+        parser.add_argument(*flags.split(), dest="foreign", type=refuse, help=argparse.SUPPRESS)
     values = vars(parser.parse_args(words))
     del values["foreign"]
     return values.pop("application"), Options(**values)
 
 
-def parse_count(text: str) -> int:
-    """Return a number of things."""
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError("not a whole number: %r" % text)
-    return int(text)
-
-
-def parse_seconds(text: str) -> float:
-    """Return a time in seconds."""
-    if not re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", text, re.ASCII):
-        raise argparse.ArgumentTypeError("not a number of seconds: %r" % text)
-    return float(text)
-
-
-def parse_log_style(text: str) -> str:
-    """Return the name of an access log format."""
-    if text not in ("combined", "json", "off"):
-        raise argparse.ArgumentTypeError("not combined, json or off: %r" % text)
-    return text
-
-
-def refuse_option(sentence: str, value: str) -> NoReturn:
-    """Answer an option of another server with what to do here."""
-    raise argparse.ArgumentTypeError(sentence)
+def parse_value(pattern: str, convert: Callable[[str], Any], complaint: str, text: str) -> Any:
+    """Return the value of an option whose text the pattern matches."""
+    if not re.fullmatch(pattern, text):
+        raise argparse.ArgumentTypeError(complaint)
+    return convert(text)
 
 
 USAGE = """webserver.py [options] [module:app | module:factory()]
@@ -1865,16 +1838,20 @@ application it shows a page with the environ that an application would see."""
 ENVIRONMENT = """environment: PORT serves on all addresses at this port; LISTEN_FDS with LISTEN_PID,
 and NOTIFY_SOCKET, as systemd sets them."""
 
+NUMBER = partial(parse_value, "[0-9]+", int, "give a whole number")
+SECONDS = partial(parse_value, r"[0-9]+(\.[0-9]*)?|\.[0-9]+", float, "give a number of seconds")
+STYLE = partial(parse_value, "combined|json|off", str, "give combined, json or off")
+
 VALUE_OPTIONS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("-b --bind", "ADDRESS", str, "HOST:PORT, [::1]:PORT, :PORT (all addresses), unix:PATH, fd:N (127.0.0.1:8000)"),
-    ("-c --max-connections", "N", parse_count, "connections at one time, each of them a process"),
-    ("-t --timeout", "S", parse_seconds, "seconds that a request may take without progress"),
-    ("--keep-alive", "S", parse_seconds, "seconds to wait for the next request on a connection, 0 for none"),
-    ("--graceful-timeout", "S", parse_seconds, "seconds for the requests in hand when the server stops or reloads"),
-    ("--connections-per-child", "N", parse_count, "connections that a process serves, one by one, 0 without end"),
-    ("--limit-request-body", "BYTES", parse_count, "the largest body of a request"),
+    ("-c --max-connections", "N", NUMBER, "connections at one time, each of them a process"),
+    ("-t --timeout", "S", SECONDS, "seconds that a request may take without progress"),
+    ("--keep-alive", "S", SECONDS, "seconds to wait for the next request on a connection, 0 for none"),
+    ("--graceful-timeout", "S", SECONDS, "seconds for the requests in hand when the server stops or reloads"),
+    ("--connections-per-child", "N", NUMBER, "connections that a process serves, one by one, 0 without end"),
+    ("--limit-request-body", "BYTES", NUMBER, "the largest body of a request"),
     ("--user", "NAME[:GROUP]", str, "run as this user once the address is bound"),
-    ("--access-log", "FORMAT", parse_log_style, "combined, json or off, on stdout"),
+    ("--access-log", "FORMAT", STYLE, "combined, json or off, on stdout"),
 )
 
 SWITCHES = (
