@@ -287,16 +287,17 @@ class Stream:
 
     def send(self, data: bytes) -> None:
         """Send the data, all of it."""
+        sent = 0
         try:
-            sent = self.sock.send(data)
-            while sent < len(data):  # each send takes a part, or fails after SO_SNDTIMEO
+            while sent < len(data):  # each send takes at least a part, or fails after SO_SNDTIMEO
                 self.activity.renew()
-                sent += self.sock.send(memoryview(data)[sent:])
+                sent += self.sock.send(memoryview(data)[sent:] if sent else data)
         except OSError as error:
             raise ClientGoneError from error
 
     def send_parts(self, *parts: bytes) -> None:
         """Send large parts, without a copy of all of them."""
+        self.activity.renew()
         try:
             sent = self.sock.sendmsg(parts)
         except OSError as error:
@@ -872,15 +873,14 @@ class Response:
         elif self.length is not None and self.sent + len(block) > self.length:
             log_error("the body is longer than its Content-Length of %d: cut there" % self.length)
             self.is_full, block = True, block[: self.length - self.sent]
-        self.sent += len(block)
+        end = b""
         if self.is_chunked:
             head, end = head + b"%x\r\n" % len(block), b"\r\n"
-        else:
-            end = b""
         if len(block) <= JOIN_SIZE:
             self.stream.send(head + block + end)
         else:
             self.stream.send_parts(head, block, end)
+        self.sent += len(block)
 
     def write_blocks(self, blocks: Iterable[bytes]) -> None:
         """Send block by block, each at once (PEP 3333, "Buffering and Streaming")."""
@@ -1535,6 +1535,8 @@ class Server:
             self.replace(self.listener)
         elif self.stop_by is None:
             log_error("the new code does not load: the old code goes on")
+            notify_reloading()
+            notify("READY=1")  # else the manager would wait for the end of the reload that it has asked for
 
     def replace(self, listener: socket.socket) -> None:
         """Become the new program, with the same pid and the same socket, which it gets as systemd would hand it over.
@@ -1547,7 +1549,7 @@ class Server:
         if self.stop_by is not None:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             return
-        notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
+        notify_reloading()
         for pid in self.children:
             self.ask(pid)
         os.dup2(listener.fileno(), LISTEN_FD)
@@ -1698,6 +1700,11 @@ def notify(state: str) -> None:
                 sock.sendto(state.encode(), "\0" + path[1:] if path[0] == "@" else path)
             except OSError as error:
                 log_error("cannot notify %s: %s" % (path, error.strerror))
+
+
+def notify_reloading() -> None:
+    """Tell it that a reload has begun; READY=1 ends it."""
+    notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
 
 
 def make_scoreboard(slots: int) -> tuple[memoryview[float], memoryview]:
@@ -1910,7 +1917,7 @@ def load_application(name: str) -> Application:
     module_name, colon, path = name.partition(":")
     if not name:
         return show_environ
-    if not all(part.isidentifier() for part in module_name.split(".")):
+    if module_name.endswith(".py") or not all(part.isidentifier() for part in module_name.split(".")):
         raise StartError("not the name of a module: %r; write module:app, without .py or /" % module_name, 2)
     try:
         module = importlib.import_module(module_name)
