@@ -1234,6 +1234,7 @@ class Server:
         self.asked = set(self.children)  # children that were asked to finish
         self.activity = Activity(self.times, self.notes, self.elder_slot)  # a child's; its slot is set before the fork
         self.wake_read, self.wake_write = os.pipe()
+        self.masks: list[Any] = []  # of the signals that were blocked before the forks under way
         self.deaths = 0  # of children in a row that no connection had reached
         self.next_fork = self.next_ask = self.next_tick = 0.0  # not before these times
         self.stop_by: float | None = None  # when the children must have finished; None while serving
@@ -1267,19 +1268,37 @@ class Server:
             if signum != signal.SIGINT or not self.options.no_fork:  # there it is for the debugger
                 signal.signal(signum, self.on_signal)
         signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
+        hooks = {"after_in_parent": self.unblock_signals, "after_in_child": self.be_born}
+        os.register_at_fork(before=self.block_signals, **hooks)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def on_signal(self, signum: int, frame: Any) -> None:
         """Handle a signal: in the parent the pipe has it already, in a child it concerns the connection."""
-        if not self.child_pid:
-            return
-        if self.child_pid != os.getpid():  # a process that the application forked: it never asked for this handler
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
-        elif signum == signal.SIGTERM:
+        if self.child_pid and signum == signal.SIGTERM:
             self.finish()
-        elif signum == signal.SIGALRM:
+        elif self.child_pid and signum == signal.SIGALRM:
             self.interrupt()
+
+    # Around every fork, ours or one of the application, signals wait: the new process is to get none before it has
+    # left the parent's pipe and knows who it is, for it would be taken for the parent's, or be lost.
+
+    def block_signals(self) -> None:
+        """Let signals wait; forks in several threads may be under way."""
+        self.masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS))
+
+    def unblock_signals(self) -> None:
+        """Let them come as before."""
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.masks.pop())
+
+    def be_born(self) -> None:
+        """Become a child, or else a process of the application, which never asked for these handlers."""
+        signal.set_wakeup_fd(-1)
+        if self.child_pid:
+            for signum in SIGNALS:
+                if signal.getsignal(signum) == self.on_signal:
+                    signal.signal(signum, signal.SIG_DFL)
+        self.child_pid = os.getpid()
+        self.unblock_signals()
 
     def sleep(self) -> bytes:
         """Return the numbers of the signals that came, 0 for wake-ups by children; after a TICK at most."""
@@ -1331,14 +1350,9 @@ class Server:
         return len(self.children) < self.options.max_connections
 
     def fork_child(self, slot: int) -> None:
-        """Fork a child for the slot.
-
-        Signals wait meanwhile: one that the child gets before it has left the parent's pipe would be taken for the
-        parent's, or be lost.
-        """
+        """Fork a child for the slot."""
         self.times[slot] = ACCEPTING
-        self.activity.slot = slot
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        self.activity.slot, self.activity.is_finishing = slot, self.stop_by is not None
         try:
             pid = os.fork()
             if pid == 0:
@@ -1349,8 +1363,6 @@ class Server:
             self.free_slot(slot)
             self.next_fork = time.monotonic() + TICK
             self.say("cannot fork: %s" % error.strerror)
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     # Death
 
@@ -1523,7 +1535,6 @@ class Server:
             log_error("cannot reload: %s" % error.strerror)
             return
         if self.checker == 0:
-            signal.set_wakeup_fd(-1)
             start_again(WEBSERVER_CHECK="1")
 
     def end_check(self, status: int) -> None:
@@ -1564,10 +1575,6 @@ class Server:
         """The child's life, from fork to exit: nothing returns from here into the code of the parent."""
         status = 1
         try:
-            self.child_pid = os.getpid()
-            self.activity.is_finishing = self.stop_by is not None
-            signal.set_wakeup_fd(-1)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             os.close(self.wake_read)
             atexit._clear()  # what the parent registered is the parent's to run
             self.serve_connections(self.options.connections_per_child)
