@@ -44,15 +44,20 @@ import stat
 import struct
 import sys
 import time
+from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, NoReturn
 from urllib.parse import unquote_to_bytes
+
+if not hasattr(os, "fork"):
+    raise SystemExit("webserver.py needs a POSIX system: this one has no fork")
 
 __version__ = "1.0"
 PRODUCT = "webserver.py/" + __version__
 
 Environ = Dict[str, Any]
-StartResponse = Callable[..., Callable[[bytes], None]]
+Write = Callable[[bytes], None]
+StartResponse = Callable[..., Write]
 Application = Callable[[Environ, StartResponse], Iterable[bytes]]
 Service = Callable[[socket.socket, Any, "Activity"], None]
 
@@ -85,7 +90,6 @@ RECEIVE_SIZE = 65536  # one recv
 JOIN_SIZE = 16384  # up to here copying blocks together is cheaper than sendmsg
 SENDFILE_SIZE = 1 << 20  # one sendfile: each renews the deadline
 BACKLOG = 1024  # connections that the kernel may hold for us; it caps the number at net.core.somaxconn
-
 
 
 class Options(NamedTuple):
@@ -236,8 +240,8 @@ class Stream:
 
     def __init__(self, sock: socket.socket, activity: Activity, send_timeout: float) -> None:
         self.sock, self.activity = sock, activity
-        self.pending = b""
-        self.patience = 0.0
+        self.pending = b""  # received, not consumed
+        self.patience = 0.0  # seconds, as last set
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, make_timeval(send_timeout))
 
     def set_patience(self, seconds: float) -> None:
@@ -307,12 +311,9 @@ class Stream:
 
     def send_file(self, fd: int, offset: int, size: int) -> int:
         """Send so many bytes of a regular file by sendfile(2); return how many there were."""
-        sent = 0
+        sent, out = 0, self.sock.fileno()
         try:
-            while sent < size:
-                taken = os.sendfile(self.sock.fileno(), fd, offset + sent, min(size - sent, SENDFILE_SIZE))
-                if not taken:
-                    break
+            while sent < size and (taken := os.sendfile(out, fd, offset + sent, min(size - sent, SENDFILE_SIZE))):
                 sent += taken
                 self.activity.renew()
         except OSError as error:
@@ -325,15 +326,13 @@ class Stream:
         (RFC 9112 §9.6)
         """
         self.activity.wait()  # nothing is in hand any more: like an idle connection, it gives way to others
-        try:
+        with suppress(OSError):  # silent or gone: either way it is over
             self.sock.shutdown(socket.SHUT_WR)
             self.set_patience(LINGER_SILENCE)
             waste = bytearray(RECEIVE_SIZE)
             deadline = time.monotonic() + LINGER_TIMEOUT
             while self.sock.recv_into(waste) and time.monotonic() < deadline and not self.activity.is_finishing:
                 pass
-        except OSError:
-            pass  # silent or gone: either way it is over
 
     def reset(self) -> None:
         """Close with a reset, where a plain close would mean the end of the response (socket(7), SO_LINGER)."""
@@ -387,11 +386,9 @@ def read_head(stream: Stream, patience: float, seconds: float) -> bytes:
             received = stream.receive()
             data = received and data + received
     except TimeoutError:
-        return b""
-    if not data:
-        return b""
+        data = b""
     end = data.find(b"\r\n\r\n") + 4
-    if end < 4:
+    if data and end < 4:
         data = read_rest_of_head(stream, data, time.monotonic() + seconds)
         end = data.find(b"\r\n\r\n") + 4
     stream.pending = data[end:]
@@ -440,17 +437,19 @@ def parse_head(head: bytes) -> Request:
     line, *lines = head[start:-4].split(b"\r\n")
     request = parse_request_line(line)
     fields = parse_fields(lines)
-    host = fields.get("host")
-    if host is None and request.version != "HTTP/1.0":
+    if "host" in fields:
+        check_host(fields["host"].encode("latin-1"), "an invalid Host")
+    elif request.version != "HTTP/1.0":
         raise HTTPError(400, "no Host")
-    if host is not None:
-        check_host(host.encode("latin-1"), "an invalid Host")
     if request.authority is not None:
         fields["host"] = request.authority  # RFC 9112 §3.2.2
+    length = parse_framing(request.version, fields)
+    if "content-length" in fields:
+        fields["content-length"] = str(length)  # repeats of it become one
     options = parse_list(fields.get("connection", ""))
     return request._replace(
         fields=fields,
-        length=parse_framing(request.version, fields),
+        length=length,
         is_persistent="close" not in options and (request.version != "HTTP/1.0" or "keep-alive" in options),
         expects_continue=parse_expect(request.version, fields),
     )
@@ -496,15 +495,12 @@ def parse_fields(lines: list[bytes]) -> dict[str, str]:
     if len(lines) > MAX_FIELDS:
         raise HTTPError(431, "too many field lines")
     fields: dict[str, str] = {}
-    for line in lines:
-        name, value = parse_field_line(line)
+    for name, value in map(parse_field_line, lines):
         if "_" in name:
             continue  # in the environ it would pass for the name with a hyphen
-        if name in fields:
-            if name in SINGLETON_FIELDS:
-                raise HTTPError(400, "a second " + name.title())
-            value = fields[name] + ("; " if name == "cookie" else ", ") + value
-        fields[name] = value
+        if name in fields and name in SINGLETON_FIELDS:
+            raise HTTPError(400, "a second " + name.title())
+        fields[name] = fields[name] + ("; " if name == "cookie" else ", ") + value if name in fields else value
     return fields
 
 
@@ -548,7 +544,7 @@ def parse_framing(version: str, fields: dict[str, str]) -> int | None:
     """
     coding, length = fields.get("transfer-encoding"), fields.get("content-length")
     if coding is None:
-        return 0 if length is None else parse_content_length(length, fields)
+        return 0 if length is None else parse_content_length(length)
     if length is not None:
         raise HTTPError(400, "Content-Length together with Transfer-Encoding")
     if version == "HTTP/1.0":
@@ -561,15 +557,14 @@ def parse_framing(version: str, fields: dict[str, str]) -> int | None:
     raise HTTPError(501, "a transfer coding other than chunked")
 
 
-def parse_content_length(value: str, fields: dict[str, str]) -> int:
-    """Return the Content-Length; repeats of it must agree and become one (RFC 9110 §8.6)."""
+def parse_content_length(value: str) -> int:
+    """Return the Content-Length, whose repeats must agree (RFC 9110 §8.6)."""
     digits, *repeats = (part.strip(" \t") for part in value.split(","))
     if not (digits.isascii() and digits.isdigit()) or any(repeat != digits for repeat in repeats):  # not int(): + - _
         raise HTTPError(400, "an invalid Content-Length")
     digits = digits.lstrip("0") or "0"
     if len(digits) > 18:
         raise HTTPError(413, "a Content-Length beyond all bounds")
-    fields["content-length"] = digits
     return int(digits)
 
 
@@ -603,7 +598,7 @@ class Body(io.RawIOBase):
         self.ahead = b""  # what `collect` has read, for the application to read first
         self.failure: HTTPError | None = None
         self.extensions = 0  # bytes of chunk extensions so far
-        self.is_inside = False  # the line end behind a chunk is still to come
+        self.is_behind_chunk = False  # the line end behind a chunk is still to come
         if self.limit < 0:
             raise HTTPError(413, "a Content-Length over the limit")
 
@@ -648,12 +643,12 @@ class Body(io.RawIOBase):
 
     def read_chunk_line(self) -> None:
         """Read the end of the chunk before and the line before the next (RFC 9112 §7.1)."""
-        if self.is_inside and self.stream.read_line(MAX_CHUNK_LINE):
+        if self.is_behind_chunk and self.stream.read_line(MAX_CHUNK_LINE):
             raise HTTPError(400, "a chunk longer than its chunk-size")
         match = CHUNK_LINE.fullmatch(self.stream.read_line(MAX_CHUNK_LINE))
         if not match:
             raise HTTPError(400, "a malformed chunk-size or chunk extension")
-        self.is_inside = True
+        self.is_behind_chunk = True
         self.remaining = int(match.group(1), 16)
         self.extensions += len(match.group(2))
         self.limit -= self.remaining
@@ -676,29 +671,26 @@ class Body(io.RawIOBase):
 
     def collect(self) -> bytes | None:
         """Return a whole chunked body of up to MAX_COLLECTED bytes; None for a larger one, which then is streamed."""
-        pieces: list[bytes] = []
-        size = 0
-        while size <= MAX_COLLECTED:
+        content = bytearray()
+        while len(content) <= MAX_COLLECTED:
             piece = self.read(RECEIVE_SIZE)
             if not piece:
-                return b"".join(pieces)
-            pieces.append(piece)
-            size += len(piece)
-        self.ahead = b"".join(pieces)
+                return bytes(content)
+            content += piece
+        self.ahead = bytes(content)
         return None
 
     def drain(self) -> bool:
         """Read what the application left; return whether that was the end, so that a next request can follow."""
-        left = -1 if self.awaits_continue or self.failure else MAX_DRAINED
-        waste = bytearray(RECEIVE_SIZE)
-        try:
-            while left >= max(self.remaining, 0):
+        if self.awaits_continue or self.failure:
+            return False
+        left, waste = MAX_DRAINED, bytearray(RECEIVE_SIZE)
+        with suppress(HTTPError, TimeoutError):  # the response is out and was right; the close tells the rest
+            while left >= self.remaining:
                 received = self.receive_into(waste)
                 if not received:
                     return True
                 left -= received
-        except (HTTPError, TimeoutError):
-            pass  # the response is out and was right; the close tells the client the rest
         return False
 
 
@@ -722,7 +714,6 @@ def make_connection_environ(sock: socket.socket, address: Any, is_multiprocess: 
         "REMOTE_PORT": str(client_port),
         "wsgi.version": (1, 0),
         "wsgi.url_scheme": "http",
-        "wsgi.input": make_empty_input(),
         "wsgi.errors": sys.stderr,
         "wsgi.multithread": False,
         "wsgi.multiprocess": is_multiprocess,
@@ -751,19 +742,16 @@ def make_request_environ(request: Request) -> Environ:
     return environ
 
 
-def make_empty_input() -> io.BufferedReader:
-    """Return the wsgi.input of a request without a body."""
-    return io.BufferedReader(io.BytesIO(), 1)
-
-
-def add_input(environ: Environ, body: Body) -> None:
+def add_input(environ: Environ, body: Body | None) -> None:
     """Set wsgi.input, and CONTENT_LENGTH for a chunked body that is small enough to be collected.
 
     Django and Bottle read what CONTENT_LENGTH announces and take a body without it for none. A larger body is left to
     those that know wsgi.input_terminated, as Flask, Falcon and Pyramid do.
     """
-    content = body.collect() if body.is_chunked else None
-    if content is None:
+    content = body.collect() if body and body.is_chunked else None
+    if body is None:
+        environ["wsgi.input"] = io.BufferedReader(io.BytesIO(), 1)
+    elif content is None:
         environ["wsgi.input"] = io.BufferedReader(body, RECEIVE_SIZE)
     else:
         environ["wsgi.input"] = io.BufferedReader(io.BytesIO(content))
@@ -777,16 +765,16 @@ def add_input(environ: Environ, body: Body) -> None:
 
 def run_application(application: Application, environ: Environ, response: Response) -> None:
     """Call the application and send what it gives (PEP 3333, "Specification Details")."""
-    blocks = application(environ, make_start_response(response))
+    blocks, last = application(environ, make_start_response(response)), b""
     try:
-        if isinstance(blocks, (list, tuple)):  # all there is: its length can be told
-            response.finish(b"".join(blocks))
-        elif isinstance(blocks, FileWrapper):
-            response.write_file(blocks)
-            response.finish()
-        else:
-            response.write_blocks(blocks)
-            response.finish()
+        if isinstance(blocks, (list, tuple)):
+            last = b"".join(blocks)  # all there is: its length can be told
+        elif not (isinstance(blocks, FileWrapper) and response.send_file(blocks)):
+            for block in blocks:  # each at once (PEP 3333, "Buffering and Streaming")
+                response.write(block)
+                if response.is_full:
+                    break
+        response.finish(last)
     finally:
         if hasattr(blocks, "close"):
             blocks.close()
@@ -795,9 +783,7 @@ def run_application(application: Application, environ: Environ, response: Respon
 def make_start_response(response: Response) -> StartResponse:
     """Return the start_response of one request (PEP 3333, "The start_response() Callable")."""
 
-    def start_response(
-        status: str, response_headers: list[tuple[str, str]], exc_info: Any = None
-    ) -> Callable[[bytes], None]:
+    def start_response(status: str, response_headers: list[tuple[str, str]], exc_info: Any = None) -> Write:
         try:
             if exc_info and response.is_head_sent:
                 raise exc_info[1].with_traceback(exc_info[2])
@@ -882,25 +868,18 @@ class Response:
             self.stream.send_parts(head, block, end)
         self.sent += len(block)
 
-    def write_blocks(self, blocks: Iterable[bytes]) -> None:
-        """Send block by block, each at once (PEP 3333, "Buffering and Streaming")."""
-        for block in blocks:
-            self.write(block)
-            if self.is_full:
-                break
-
-    def write_file(self, wrapper: FileWrapper) -> None:
-        """Send a file: a regular one by sendfile(2), any other block by block."""
+    def send_file(self, wrapper: FileWrapper) -> bool:
+        """Send a regular file by sendfile(2); return whether it could be sent so."""
         found = wrapper.find_regular_file() if self.head and not self.is_head_sent else None
         if found is None:
-            self.write_blocks(wrapper)
-            return
+            return False
         fd, offset, size = found
         if self.length is None:
             self.length = size
         self.stream.send(self.make_head())
         if self.has_body:
             self.sent = self.stream.send_file(fd, offset, min(size, self.length))
+        return True
 
     def finish(self, last: bytes = b"") -> None:
         """Send the last block, and what ends the body by its framing."""
@@ -1036,16 +1015,13 @@ def serve_connection(
     application: Application, options: Options, sock: socket.socket, address: Any, activity: Activity
 ) -> None:
     """Serve all requests of a connection, then close it."""
-    with sock:
-        try:
-            stream = Stream(sock, activity, options.timeout)
-            environ = make_connection_environ(sock, address, not options.no_fork)
-            patience = min(HEAD_TIMEOUT, options.timeout)
-            while serve_request(application, options, stream, environ, patience):
-                activity.wait()
-                patience = options.keep_alive
-        except (ClientGoneError, OSError):  # OSError: it was reset before we first looked at it
-            pass
+    with sock, suppress(ClientGoneError, OSError):  # OSError: it was reset before we first looked at it
+        stream = Stream(sock, activity, options.timeout)
+        environ = make_connection_environ(sock, address, not options.no_fork)
+        patience = min(HEAD_TIMEOUT, options.timeout)
+        while serve_request(application, options, stream, environ, patience):
+            activity.wait()
+            patience = options.keep_alive
 
 
 def serve_request(
@@ -1066,9 +1042,7 @@ def serve_request(
         if request.length != 0:
             stream.set_patience(options.timeout)
             response.body = Body(stream, request, options.limit_request_body)
-            add_input(environ, response.body)
-        elif environ["wsgi.input"].closed:
-            environ["wsgi.input"] = make_empty_input()
+        add_input(environ, response.body)
         run_application(application, environ, response)
     except KeyboardInterrupt:
         raise
@@ -1101,19 +1075,17 @@ def recover(response: Response, head: bytes, error: BaseException) -> str:
         log_exception(error, head)
         overdue = isinstance(error, Overdue)
         status, detail = (504, "the application took too long") if overdue else (500, "the application failed")
-    try:
+    with suppress(ClientGoneError):  # the log line says what it would have been told
         if not response.is_head_sent:
             send_error(response, head, "%d %s" % (status, REASONS[status]), detail)
         elif response.has_body and not (response.is_complete or response.is_chunked) and response.length is None:
             response.stream.reset()  # only the close would tell that the body is complete
-    except ClientGoneError:
-        pass  # the log line says what it would have been told
     return str(detail)
 
 
 def send_error(response: Response, head: bytes, status: str, detail: str) -> None:
     """Answer with the status and the detail, and end the connection."""
-    if response.request is NO_REQUEST and head.startswith(b"HEAD "):
+    if response.request is NO_REQUEST and head.lstrip(b"\r\n").startswith(b"HEAD "):
         response.request = NO_REQUEST._replace(method="HEAD")
     response.stream.activity.renew()
     response.body = None
@@ -1199,7 +1171,7 @@ def log_exception(error: BaseException, head: bytes = b"") -> None:
     while trace and (trace.tb_frame.f_globals is globals() or "importlib" in trace.tb_frame.f_code.co_filename):
         trace = trace.tb_next
     if head:
-        log_error('error in "%s"' % escape(head.partition(b"\r\n")[0].decode("latin-1")))
+        log_error('error in "%s"' % escape(head.lstrip(b"\r\n").partition(b"\r\n")[0].decode("latin-1")))
     log_error("".join(traceback.format_exception(type(error), error, trace)))
 
 
@@ -1221,9 +1193,7 @@ class Server:
     """Owns the listening socket, the scoreboard and the children; in a child, what of these is its own."""
 
     def __init__(self, listener: socket.socket, serve: Service, options: Options) -> None:
-        self.listener: socket.socket | None = listener
-        self.serve = serve
-        self.options = options
+        self.listener, self.serve, self.options = listener, serve, options
         self.pid = os.getpid()  # the parent's
         self.child_pid = self.pid if options.no_fork else 0  # in a child, its own
         self.times, self.notes = make_scoreboard(options.max_connections + 1)
@@ -1249,9 +1219,9 @@ class Server:
         """The parent's life: keep a child spare, sleep until something happens, and look after what did."""
         notify("READY=1")
         if self.options.no_fork:
-            self.serve_connections(0)
+            self.serve_connections()
             return
-        while self.listener or self.children:
+        while self.is_listening() or self.children:
             self.keep_spare()
             self.obey(self.sleep())
             self.reap()
@@ -1274,10 +1244,11 @@ class Server:
 
     def on_signal(self, signum: int, frame: Any) -> None:
         """Handle a signal: in the parent the pipe has it already, in a child it concerns the connection."""
+        since = self.times[self.activity.slot]
         if self.child_pid and signum == signal.SIGTERM:
             self.finish()
-        elif self.child_pid and signum == signal.SIGALRM:
-            self.interrupt()
+        elif self.child_pid and signum == signal.SIGALRM and FREE < since < time.monotonic() - self.options.timeout:
+            raise Overdue  # else the request was done when the signal came
 
     # Around every fork, ours or one of the application, signals wait: the new process is to get none before it has
     # left the parent's pipe and knows who it is, for it would be taken for the parent's, or be lost.
@@ -1303,14 +1274,11 @@ class Server:
     def sleep(self) -> bytes:
         """Return the numbers of the signals that came, 0 for wake-ups by children; after a TICK at most."""
         now = time.monotonic()
-        seconds = TICK if self.stop_by is None and not self.options.reload else TICK / 4
+        pause = TICK if self.stop_by is None and not self.options.reload else TICK / 4
         awaited = [self.wake_read]
-        if self.listener and self.is_full() and now >= self.next_ask:
+        if self.is_listening() and self.is_full() and now >= self.next_ask:
             awaited.append(self.listener.fileno())
-        for moment in (self.next_ask, self.next_fork):
-            if now < moment:
-                seconds = min(seconds, moment - now)
-        wait_readable(awaited, seconds)
+        wait_readable(awaited, min([pause, *(when - now for when in (self.next_ask, self.next_fork) if now < when)]))
         return self.read_signals()
 
     def read_signals(self) -> bytes:
@@ -1332,10 +1300,9 @@ class Server:
 
     # Birth
 
-    def keep_spare(self) -> None:
-        """Fork a child if none waits in accept()."""
-        if self.listener and self.has_room() and not self.has_spare() and time.monotonic() >= self.next_fork:
-            self.fork_child(self.free_slots.pop())
+    def is_listening(self) -> bool:
+        """Return whether the listening socket is still open."""
+        return self.listener.fileno() >= 0
 
     def has_spare(self) -> bool:
         """Return whether a child waits in accept()."""
@@ -1343,16 +1310,15 @@ class Server:
 
     def is_full(self) -> bool:
         """Return whether the cap is reached, so that for who knocks now somebody would have to leave."""
-        return not self.has_room() and not self.has_spare()
+        return len(self.children) >= self.options.max_connections and not self.has_spare()
 
-    def has_room(self) -> bool:
-        """Return whether the cap allows one more child."""
-        return len(self.children) < self.options.max_connections
-
-    def fork_child(self, slot: int) -> None:
-        """Fork a child for the slot."""
+    def keep_spare(self) -> None:
+        """Fork a child if none waits in accept() and the cap allows one more."""
+        if not self.is_listening() or self.has_spare() or self.is_full() or time.monotonic() < self.next_fork:
+            return
+        slot = self.activity.slot = self.free_slots.pop()
+        self.activity.is_finishing = self.stop_by is not None
         self.times[slot] = ACCEPTING
-        self.activity.slot, self.activity.is_finishing = slot, self.stop_by is not None
         try:
             pid = os.fork()
             if pid == 0:
@@ -1433,7 +1399,7 @@ class Server:
 
     def has_newcomers(self) -> bool:
         """Return whether a connection waits in the kernel's queue."""
-        return self.listener is not None and bool(wait_readable([self.listener.fileno()], 0))
+        return bool(wait_readable([self.listener.fileno()], 0))
 
     def make_room(self, now: float) -> None:
         """Ask the connection that has been idle longest to give way, else the busy one of the oldest request."""
@@ -1447,9 +1413,8 @@ class Server:
 
     def retire_surplus(self) -> None:
         """Ask a quarter of the children that wait beyond the one to leave: a burst is forgotten in some seconds."""
-        unasked = [pid for pid in self.children if pid not in self.asked]
-        waiting = [pid for pid in unasked if self.times[self.children[pid]] == ACCEPTING]
-        for pid in waiting[: (len(waiting) + 2) // 4]:
+        spare = [pid for pid, slot in self.children.items() if self.times[slot] == ACCEPTING and pid not in self.asked]
+        for pid in spare[: (len(spare) + 2) // 4]:
             self.ask(pid)
 
     def ask(self, pid: int) -> None:
@@ -1508,14 +1473,16 @@ class Server:
             os.kill(self.checker, signal.SIGKILL)
         for pid in self.children:
             self.ask(pid)
-        if self.listener and not self.options.bind.startswith("fd:"):  # that is somebody else's, who may want it back
+        if not self.options.bind.startswith("fd:"):  # that is somebody else's, who may want it back
             self.listener.listen(0)  # the kernel takes no more for us; those that it has are served before the end
 
     def go_on_stopping(self, now: float, stop_by: float) -> None:
         """Close the listening socket when its queue is empty, let the children finish, kill what is left at the end."""
-        if self.listener and (now >= stop_by - self.options.graceful_timeout / 2 or not self.has_newcomers()):
-            close_listener(self.listener, self.options.bind)
-            self.listener = None
+        if self.is_listening() and (now >= stop_by - self.options.graceful_timeout / 2 or not self.has_newcomers()):
+            self.listener.close()
+            if self.options.bind.startswith("unix:"):  # then the socket file is ours
+                with suppress(OSError):  # somebody was faster, or we may no more
+                    os.unlink(self.options.bind[5:])
             for pid in self.children.keys() - self.asked:
                 self.ask(pid)
         if now >= stop_by:
@@ -1542,14 +1509,14 @@ class Server:
         self.checker = 0
         if self.wants_check:
             self.reload()
-        elif status == 0 and self.listener:
-            self.replace(self.listener)
+        elif status == 0:
+            self.replace()
         elif self.stop_by is None:
             log_error("the new code does not load: the old code goes on")
             notify_reloading()
             notify("READY=1")  # else the manager would wait for the end of the reload that it has asked for
 
-    def replace(self, listener: socket.socket) -> None:
+    def replace(self) -> None:
         """Become the new program, with the same pid and the same socket, which it gets as systemd would hand it over.
 
         Who connects meanwhile waits in the kernel's queue. The children finish, and are reaped by the new program.
@@ -1563,7 +1530,7 @@ class Server:
         notify_reloading()
         for pid in self.children:
             self.ask(pid)
-        os.dup2(listener.fileno(), LISTEN_FD)
+        os.dup2(self.listener.fileno(), LISTEN_FD)
         os.set_inheritable(LISTEN_FD, True)
         name = "" if self.options.bind.startswith("fd:") else OWN_SOCKET
         children = " ".join(map(str, self.children))
@@ -1577,7 +1544,7 @@ class Server:
         try:
             os.close(self.wake_read)
             atexit._clear()  # what the parent registered is the parent's to run
-            self.serve_connections(self.options.connections_per_child)
+            self.serve_connections()
             self.activity.renew()  # the exit, too, has a deadline
             status = 0
         except BaseException as error:
@@ -1585,25 +1552,26 @@ class Server:
         finally:
             exit_child(status)
 
-    def serve_connections(self, number: int) -> None:
-        """Accept and serve so many connections, 0 for as many as come."""
-        accepted = self.accept()
-        while accepted:
+    def serve_connections(self) -> None:
+        """Accept connections and serve them one by one, as many as this process may."""
+        while accepted := self.accept():
             sock, address = accepted
-            self.activity.connect(sock, str(address[0]) if address else "unix")
-            self.wake_parent()
-            number -= 1
-            if number == 0:
-                self.leave_parent()
+            self.activity.connect(sock, str(address[0]) if isinstance(address, tuple) else "unix")
+            if not self.has_spare():
+                with suppress(OSError):  # the pipe is full of reasons to wake up, or nobody is left to read them
+                    os.write(self.wake_write, b"\0")
+            is_last = self.activity.connections == self.options.connections_per_child  # which may be 0: never
+            if is_last:  # close what is needed no more, before an application can hand it on
+                self.listener.close()
+                os.close(self.wake_write)
             self.serve(sock, address, self.activity)
-            if number == 0:
+            if is_last:
                 return
             self.times[self.activity.slot] = ACCEPTING
-            accepted = self.accept()
 
     def accept(self) -> tuple[socket.socket, Any] | None:
         """Return the next connection; None when there will be none for this child."""
-        while self.listener and self.pid in (os.getppid(), self.child_pid):  # else the parent was killed: free the port
+        while self.pid in (os.getppid(), self.child_pid):  # else the parent was killed: free the port
             try:
                 return self.listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
@@ -1615,25 +1583,6 @@ class Server:
                 time.sleep(TICK)
         return None
 
-    def wake_parent(self) -> None:
-        """Wake the parent if no child is left in accept()."""
-        if not self.has_spare():
-            try:
-                os.write(self.wake_write, b"\0")
-            except OSError:
-                pass  # it is full of reasons to wake up, or nobody is left to read them
-
-    def leave_parent(self) -> None:
-        """Close what the child needs no more, before an application can hand it on."""
-        if self.listener:
-            self.listener.close()
-            os.close(self.wake_write)
-
-    def interrupt(self) -> None:
-        """Raise Overdue in the application, unless the request was done when the signal came."""
-        if FREE < self.times[self.activity.slot] < time.monotonic() - self.options.timeout:
-            raise Overdue
-
     def finish(self) -> None:
         """Accept no more, answer the request in hand and close; when idle, after LAST_CALL.
 
@@ -1643,15 +1592,12 @@ class Server:
         """
         activity = self.activity
         activity.is_finishing = True
-        if self.listener:
-            self.listener.close()
+        self.listener.close()
         since = self.times[activity.slot]
         if activity.sock and since < FREE:
-            try:
+            with suppress(OSError):  # closed already
                 patience = make_timeval(max(LAST_CALL - (time.monotonic() + since), 0))
                 activity.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
-            except OSError:
-                pass  # closed already
 
 
 # How this program was started, for a reload to start it again. Not as it is now: an application may have changed all.
@@ -1737,10 +1683,8 @@ def exit_child(status: int) -> NoReturn:
 def flush_output() -> None:
     """Write out what the streams of Python hold."""
     for file in (sys.stdout, sys.stderr):
-        try:
+        with suppress(AttributeError, OSError, ValueError):  # there is none, or nobody reads it, or it was closed
             file.flush()
-        except (AttributeError, OSError, ValueError):
-            pass  # there is none, or it was closed, or nobody reads it
 
 
 # ---- 11. Command line -------------------------------------------------------
@@ -1752,8 +1696,7 @@ class StartError(Exception):
     """One sentence for the person at the command line, and the exit status: 2 for usage, else 1."""
 
     def __init__(self, sentence: str, status: int = 1) -> None:
-        super().__init__(sentence, status)
-        self.sentence = sentence
+        super().__init__(sentence)
         self.status = status
 
 
@@ -1764,7 +1707,7 @@ def main() -> int:
     try:
         start(partial(load_application, name), options)
     except StartError as reason:
-        write_line(2, "webserver.py: " + reason.sentence)
+        write_line(2, "webserver.py: %s" % reason)
         return reason.status
     except KeyboardInterrupt:  # before the loop, or with --no-fork
         return 130
@@ -1822,26 +1765,32 @@ def parse_command_line(words: list[str]) -> tuple[str, Options]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("application", nargs="?", default="", help=argparse.SUPPRESS)
-    for flags, metavar, convert, text in VALUE_OPTIONS:
+    for flags, metavar, convert, text in OWN_OPTIONS:
+        if convert is bool:
+            parser.add_argument(flags, action="store_true", help=text)
+            continue
         default = getattr(Options(), flags.split()[-1][2:].replace("-", "_"))
         text += " (%(default)s)" if default else ""
         parser.add_argument(*flags.split(), metavar=metavar, type=convert, default=default, help=text)
-    for flag, text in SWITCHES:
-        parser.add_argument(flag, action="store_true", help=text)
     parser.add_argument("--version", action="version", version=PRODUCT)
     for flags, text in FOREIGN_OPTIONS:
-        refuse = partial(parse_value, "(?!)", str, text)
-        parser.add_argument(*flags.split(), dest="foreign", type=refuse, help=argparse.SUPPRESS)
+        refuse = partial(refuse_option, text)
+        hide = argparse.SUPPRESS
+        parser.add_argument(*flags.split(), nargs="?", const="", type=refuse, default=hide, help=hide)
     values = vars(parser.parse_args(words))
-    del values["foreign"]
     return values.pop("application"), Options(**values)
 
 
 def parse_value(pattern: str, convert: Callable[[str], Any], complaint: str, text: str) -> Any:
     """Return the value of an option whose text the pattern matches."""
     if not re.fullmatch(pattern, text):
-        raise argparse.ArgumentTypeError(complaint % text if "%" in complaint else complaint)
+        raise argparse.ArgumentTypeError(complaint % text)
     return convert(text)
+
+
+def refuse_option(sentence: str, _: str) -> NoReturn:
+    """Say what to do instead of an option that other servers have."""
+    raise argparse.ArgumentTypeError(sentence)
 
 
 USAGE = """webserver.py [options] [module:app | module:factory()]
@@ -1856,7 +1805,7 @@ NUMBER = partial(parse_value, "[0-9]+", int, "not a whole number: %r")
 SECONDS = partial(parse_value, r"[0-9]+(\.[0-9]*)?|\.[0-9]+", float, "not a number of seconds: %r")
 STYLE = partial(parse_value, "combined|json|off", str, "not combined, json or off: %r")
 
-VALUE_OPTIONS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
+OWN_OPTIONS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("-b --bind", "ADDRESS", str, "HOST:PORT, [::1]:PORT, :PORT (all addresses), unix:PATH, fd:N (127.0.0.1:8000)"),
     ("-c --max-connections", "N", NUMBER, "connections at one time, each of them a process"),
     ("-t --timeout", "S", SECONDS, "seconds that a request may take without progress"),
@@ -1866,12 +1815,9 @@ VALUE_OPTIONS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("--limit-request-body", "BYTES", NUMBER, "the largest body of a request"),
     ("--user", "NAME[:GROUP]", str, "run as this user once the address is bound"),
     ("--access-log", "FORMAT", STYLE, "combined, json or off, on stdout"),
-)
-
-SWITCHES = (
-    ("--reload", "reload when a source file changes"),
-    ("--check", "load the application, say what was found, and exit with 0 or 1"),
-    ("--no-fork", "one process, one connection at a time, for a debugger"),
+    ("--reload", "", bool, "reload when a source file changes"),
+    ("--check", "", bool, "load the application, say what was found, and exit with 0 or 1"),
+    ("--no-fork", "", bool, "one process, one connection at a time, for a debugger"),
 )
 
 FOREIGN_OPTIONS = (
@@ -1883,15 +1829,18 @@ FOREIGN_OPTIONS = (
 )
 
 
+BOUNDS = (
+    ("max_connections", 1, 65536), ("timeout", 0.1, 1e6), ("keep_alive", 0, 1e6), ("graceful_timeout", 0, 1e6),
+    ("connections_per_child", 0, 1e9), ("limit_request_body", 0, 1e18),
+)  # fmt: skip
+
+
 def check_options(options: Options) -> Options:
     """Return the options with what follows from the environment and from each other; refuse what cannot work."""
-    for name in ("max_connections", "timeout"):
-        if not getattr(options, name) > 0:
-            raise StartError("--%s must be more than 0" % name.replace("_", "-"), 2)
-    if not hasattr(os, "fork"):
-        raise StartError("this system has no fork: webserver.py needs a POSIX system")
-    port = os.environ.get("PORT")
-    bind = options.bind or (":" + port if port else "127.0.0.1:8000")
+    for name, low, high in BOUNDS:
+        if not low <= getattr(options, name) <= high:
+            raise StartError("--%s must be from %g to %g" % (name.replace("_", "-"), low, high), 2)
+    bind = options.bind or (":" + os.environ["PORT"] if os.environ.get("PORT") else "127.0.0.1:8000")
     return options._replace(bind=bind, connections_per_child=0 if options.no_fork else options.connections_per_child)
 
 
@@ -2043,16 +1992,6 @@ def bind_unix(path: str) -> socket.socket:
             os.unlink(path)
     listener.bind(path)
     return listener
-
-
-def close_listener(listener: socket.socket, bind: str) -> None:
-    """Close the listening socket, and remove its socket file if we made it."""
-    listener.close()
-    if bind.startswith("unix:"):
-        try:
-            os.unlink(bind[5:])
-        except OSError:
-            pass  # somebody was faster, or we may no more
 
 
 def describe_address(listener: socket.socket) -> str:
