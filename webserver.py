@@ -88,7 +88,7 @@ QUIET = 60.0  # between two log lines about the same trouble
 
 RECEIVE_SIZE = 65536  # one recv
 JOIN_SIZE = 16384  # up to here copying blocks together is cheaper than sendmsg
-SENDFILE_SIZE = 1 << 20  # one sendfile: each renews the deadline
+SENDFILE_SIZE = 65536  # one sendfile: each renews the deadline, and must be possible within it
 BACKLOG = 1024  # connections that the kernel may hold for us; it caps the number at net.core.somaxconn
 
 
@@ -197,7 +197,7 @@ class Activity:
     written and read in one piece, without a lock.
     """
 
-    __slots__ = ("client", "connections", "is_finishing", "notes", "requests", "slot", "sock", "times")
+    __slots__ = ("client", "connections", "is_finishing", "is_forked", "notes", "requests", "slot", "sock", "times")
 
     def __init__(self, times: memoryview[float], notes: memoryview, slot: int) -> None:
         self.times, self.notes, self.slot = times, notes, slot
@@ -205,6 +205,7 @@ class Activity:
         self.client = b""
         self.connections = self.requests = 0
         self.is_finishing = False  # the process was asked to close its connection as soon as it may
+        self.is_forked = False  # this is not the process that serves, but one that the application has forked from it
 
     def connect(self, sock: socket.socket, client: str) -> None:
         """A connection has come."""
@@ -328,7 +329,7 @@ class Stream:
         self.activity.wait()  # nothing is in hand any more: like an idle connection, it gives way to others
         with suppress(OSError):  # silent or gone: either way it is over
             self.sock.shutdown(socket.SHUT_WR)
-            self.set_patience(LINGER_SILENCE)
+            self.set_patience(LAST_CALL if self.activity.is_finishing else LINGER_SILENCE)
             waste = bytearray(RECEIVE_SIZE)
             deadline = time.monotonic() + LINGER_TIMEOUT
             while self.sock.recv_into(waste) and time.monotonic() < deadline and not self.activity.is_finishing:
@@ -845,7 +846,6 @@ class Response:
         if self.is_complete:
             raise AssertionError("write() was called after the end of the response")
         self.send_block(block)
-        self.stream.activity.renew()
 
     def send_block(self, block: bytes) -> None:
         """Send a block, with the head before the first."""
@@ -867,6 +867,7 @@ class Response:
         else:
             self.stream.send_parts(head, block, end)
         self.sent += len(block)
+        self.stream.activity.renew()
 
     def send_file(self, wrapper: FileWrapper) -> bool:
         """Send a regular file by sendfile(2); return whether it could be sent so."""
@@ -1022,6 +1023,7 @@ def serve_connection(
         while serve_request(application, options, stream, environ, patience):
             activity.wait()
             patience = options.keep_alive
+        sock.shutdown(socket.SHUT_WR)  # the end for the client, also if a process of the application holds a copy
 
 
 def serve_request(
@@ -1044,9 +1046,9 @@ def serve_request(
             response.body = Body(stream, request, options.limit_request_body)
         add_input(environ, response.body)
         run_application(application, environ, response)
-    except KeyboardInterrupt:
-        raise
     except BaseException as error:  # SystemExit in an application is an error like any other
+        if stream.activity.is_forked or (options.no_fork and isinstance(error, KeyboardInterrupt)):
+            raise
         detail = recover(response, head or stream.pending, error)
     if options.access_log != "off":
         log_access(options.access_log, response, connection, head or stream.pending, began, detail)
@@ -1147,7 +1149,8 @@ def escape(text: str) -> str:
 def write_line(fd: int, line: str) -> None:
     """Write one line of a log, whole or not at all: a log that nobody takes any more must not stop the service.
 
-    One write(2) of up to PIPE_BUF bytes is never mixed with another's, and never blocks where select(2) promised so.
+    One write(2) of up to PIPE_BUF bytes is never mixed with another's, and does not block where select(2) says so, but
+    for the moment in which another process was faster.
     """
     data = line.encode("utf-8", "backslashreplace")[: select.PIPE_BUF - 1] + b"\n"
     try:
@@ -1186,14 +1189,17 @@ def log_exception(error: BaseException, head: bytes = b"") -> None:
 
 SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)
 LISTEN_FD = 3  # where sd_listen_fds(3) has the first socket
+IT_LOADS = 93  # the exit status of a check that got as far as to serve
 OWN_SOCKET = "webserver.py"  # its name, if it was this program that opened it, before a reload
 
 
 class Server:
     """Owns the listening socket, the scoreboard and the children; in a child, what of these is its own."""
 
-    def __init__(self, listener: socket.socket, serve: Service, options: Options) -> None:
-        self.listener, self.serve, self.options = listener, serve, options
+    serve: Service
+
+    def __init__(self, listener: socket.socket, options: Options) -> None:
+        self.listener, self.options = listener, options
         self.pid = os.getpid()  # the parent's
         self.child_pid = self.pid if options.no_fork else 0  # in a child, its own
         self.times, self.notes = make_scoreboard(options.max_connections + 1)
@@ -1204,34 +1210,41 @@ class Server:
         self.asked = set(self.children)  # children that were asked to finish
         self.activity = Activity(self.times, self.notes, self.elder_slot)  # a child's; its slot is set before the fork
         self.wake_read, self.wake_write = os.pipe()
+        self.signals: list[int] = []  # that came and were not obeyed yet
         self.masks: list[Any] = []  # of the signals that were blocked before the forks under way
+        self.is_forking = False  # the fork under way is one of ours
+        self.suspects: set[int] = set()  # spare children that had not taken a newcomer at the last TICK
         self.deaths = 0  # of children in a row that no connection had reached
         self.next_fork = self.next_ask = self.next_tick = 0.0  # not before these times
         self.stop_by: float | None = None  # when the children must have finished; None while serving
         self.checker = 0  # the pid of the process that tries new code, 0 if there is none
         self.check_by = 0.0  # when it must have finished
         self.wants_check = False  # something has changed meanwhile
-        self.sources = list_sources() if options.reload else {}
+        self.socket_file = identify_file(options.bind[5:]) if options.bind.startswith("unix:") else None
+        self.sources: dict[str, int] = {}  # the source files and when they were changed, under --reload
         self.totals = {"connections": 0, "forks": 0, "reaped": 0, "timeouts": 0, "crashes": 0}
         self.last_said: dict[str, float] = {}
 
-    def run(self) -> None:
+    def run(self, serve: Service) -> None:
         """The parent's life: keep a child spare, sleep until something happens, and look after what did."""
+        self.serve = serve
+        self.sources = list_sources() if self.options.reload else {}
         notify("READY=1")
         if self.options.no_fork:
             self.serve_connections()
             return
         while self.is_listening() or self.children:
             self.keep_spare()
-            self.obey(self.sleep())
+            self.sleep()
+            self.obey()
             self.reap()
             self.watch(time.monotonic())
 
-    # Signals are data: their numbers come out of a pipe, where the loop reads them like the wake-ups of children. So
-    # nothing happens between two lines of the parent that is not written there (signal(7), signal.set_wakeup_fd).
+    # Signals are data: the handler notes the number, a byte in the wake-up pipe ends the sleep, and the loop does what
+    # was asked. So nothing happens between two lines of the parent that is not written there (signal(7)).
 
     def catch_signals(self) -> None:
-        """Let each signal put its number into the pipe; a reload has kept them blocked until here."""
+        """Have signals noted from now on; a reload has kept them blocked until here."""
         os.set_blocking(self.wake_read, False)
         os.set_blocking(self.wake_write, False)
         for signum in SIGNALS:
@@ -1243,15 +1256,17 @@ class Server:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def on_signal(self, signum: int, frame: Any) -> None:
-        """Handle a signal: in the parent the pipe has it already, in a child it concerns the connection."""
+        """Handle a signal: the parent notes it, in a child it concerns the connection."""
         since = self.times[self.activity.slot]
-        if self.child_pid and signum == signal.SIGTERM:
+        if not self.child_pid:
+            self.signals.append(signum)
+        elif signum == signal.SIGTERM:
             self.finish()
-        elif self.child_pid and signum == signal.SIGALRM and FREE < since < time.monotonic() - self.options.timeout:
+        elif signum == signal.SIGALRM and FREE < since < time.monotonic() - self.options.timeout:
             raise Overdue  # else the request was done when the signal came
 
-    # Around every fork, ours or one of the application, signals wait: the new process is to get none before it has
-    # left the parent's pipe and knows who it is, for it would be taken for the parent's, or be lost.
+    # Around every fork, ours or one of the application, signals wait: a new process must know who it is before it gets
+    # one, and CPython drops those that come between fork(2) and there.
 
     def block_signals(self) -> None:
         """Let signals wait; forks in several threads may be under way."""
@@ -1264,33 +1279,41 @@ class Server:
     def be_born(self) -> None:
         """Become a child, or else a process of the application, which never asked for these handlers."""
         signal.set_wakeup_fd(-1)
-        if self.child_pid:
+        if not self.is_forking:
+            self.activity.is_forked = True
             for signum in SIGNALS:
                 if signal.getsignal(signum) == self.on_signal:
                     signal.signal(signum, signal.SIG_DFL)
+        self.is_forking = False
         self.child_pid = os.getpid()
         self.unblock_signals()
 
-    def sleep(self) -> bytes:
-        """Return the numbers of the signals that came, 0 for wake-ups by children; after a TICK at most."""
+    def fork(self) -> int:
+        """Return the pid of a new child, 0 in the child; -1 if the system is short of memory or processes."""
+        self.is_forking = True
+        try:
+            return os.fork()
+        except OSError as error:  # EAGAIN, ENOMEM
+            self.say("cannot fork: %s" % error.strerror)
+            return -1
+        finally:
+            self.is_forking = False
+
+    def sleep(self) -> None:
+        """Return when a signal, a child or, at the cap, a newcomer asks for something; after a TICK at most."""
         now = time.monotonic()
-        pause = TICK if self.stop_by is None and not self.options.reload else TICK / 4
+        pause = 0 if self.signals else TICK if self.stop_by is None and not self.options.reload else TICK / 4
         awaited = [self.wake_read]
-        if self.is_listening() and self.is_full() and now >= self.next_ask:
+        if self.stop_by is None and self.is_full() and now >= self.next_ask:
             awaited.append(self.listener.fileno())
         wait_readable(awaited, min([pause, *(when - now for when in (self.next_ask, self.next_fork) if now < when)]))
-        return self.read_signals()
+        with suppress(BlockingIOError):
+            os.read(self.wake_read, 65536)
 
-    def read_signals(self) -> bytes:
-        """Return what is in the pipe."""
-        try:
-            return os.read(self.wake_read, 4096)
-        except BlockingIOError:
-            return b""
-
-    def obey(self, signums: bytes) -> None:
-        """Do what the signals ask; SIGCHLD, like 0, only ends the sleep."""
-        for signum in signums:
+    def obey(self) -> None:
+        """Do what the signals ask; SIGCHLD only ends the sleep."""
+        while self.signals:
+            signum = self.signals.pop(0)
             if signum in (signal.SIGTERM, signal.SIGINT):
                 self.stop()
             elif signum == signal.SIGHUP:
@@ -1319,16 +1342,15 @@ class Server:
         slot = self.activity.slot = self.free_slots.pop()
         self.activity.is_finishing = self.stop_by is not None
         self.times[slot] = ACCEPTING
-        try:
-            pid = os.fork()
-            if pid == 0:
-                self.live()
+        pid = self.fork()
+        if pid == 0:
+            self.live()
+        elif pid > 0:
             self.children[pid] = slot
             self.totals["forks"] += 1
-        except OSError as error:  # EAGAIN, ENOMEM: others need the memory or the process now
+        else:
             self.free_slot(slot)
             self.next_fork = time.monotonic() + TICK
-            self.say("cannot fork: %s" % error.strerror)
 
     # Death
 
@@ -1360,13 +1382,15 @@ class Server:
             _, _, client, line = self.read_note(slot)
             doing = "waiting" if was_accepting else 'serving %s "%s"' % (client, line)
             log_error("child %d %s while %s" % (pid, describe_end(status), doing))
+        if was_asked:
+            self.next_ask = 0.0  # it has made room: the next newcomer need not wait longer
         self.asked.discard(pid)
         self.free_slot(slot)
         if not was_accepting:
             self.deaths = 0
         elif not was_asked:  # back off, or children that cannot live would be a fork storm
             self.deaths += 1
-            self.next_fork = time.monotonic() + min(0.01 * 2**self.deaths, TICK)
+            self.next_fork = time.monotonic() + min(0.01 * 2 ** min(self.deaths, 7), TICK)
 
     def free_slot(self, slot: int) -> None:
         """Take back a slot."""
@@ -1392,7 +1416,7 @@ class Server:
         if now >= self.next_tick:
             self.next_tick = now + TICK
             self.enforce_deadlines(now)
-            self.retire_surplus()
+            self.look_after_spares()
         if self.options.reload and not self.checker and list_sources() != self.sources:
             self.sources = list_sources()
             self.reload()
@@ -1411,11 +1435,18 @@ class Server:
         if idle or busy:
             self.ask(max(idle)[1] if idle else min(busy)[1])
 
-    def retire_surplus(self) -> None:
-        """Ask a quarter of the children that wait beyond the one to leave: a burst is forgotten in some seconds."""
-        spare = [pid for pid, slot in self.children.items() if self.times[slot] == ACCEPTING and pid not in self.asked]
-        for pid in spare[: (len(spare) + 2) // 4]:
+    def look_after_spares(self) -> None:
+        """Ask a quarter of the spare children beyond the one to leave: a burst is forgotten in some seconds.
+
+        Count no longer on those that wait like a newcomer, and did so a TICK ago: they are stuck, or were stopped.
+        """
+        spare = {pid for pid, slot in self.children.items() if self.times[slot] == ACCEPTING and pid not in self.asked}
+        for pid in list(spare)[: (len(spare) + 2) // 4]:
             self.ask(pid)
+        has_newcomers = self.is_listening() and self.has_newcomers()
+        for pid in spare & self.suspects if has_newcomers else ():
+            self.times[self.children[pid]] = FREE
+        self.suspects = spare if has_newcomers else set()
 
     def ask(self, pid: int) -> None:
         """Ask a child to finish: to answer the request in hand and close, at once if it is idle."""
@@ -1425,8 +1456,9 @@ class Server:
     def enforce_deadlines(self, now: float) -> None:
         """Interrupt requests that made no progress for too long; kill what takes no notice."""
         for pid, slot in self.children.items():
-            overdue = now - self.times[slot] - self.options.timeout
-            if FREE < self.times[slot] < ACCEPTING and overdue > ALARM_SLACK:
+            since = self.times[slot]  # read once: it changes under our eyes
+            overdue = now - since - self.options.timeout
+            if FREE < since < ACCEPTING and overdue > ALARM_SLACK:
                 self.totals["timeouts"] += overdue <= ALARM_SLACK + TICK
                 os.kill(pid, signal.SIGALRM if overdue < KILL_AFTER else signal.SIGKILL)
         if self.checker and now >= self.check_by:
@@ -1480,8 +1512,8 @@ class Server:
         """Close the listening socket when its queue is empty, let the children finish, kill what is left at the end."""
         if self.is_listening() and (now >= stop_by - self.options.graceful_timeout / 2 or not self.has_newcomers()):
             self.listener.close()
-            if self.options.bind.startswith("unix:"):  # then the socket file is ours
-                with suppress(OSError):  # somebody was faster, or we may no more
+            if self.socket_file and identify_file(self.options.bind[5:]) == self.socket_file:
+                with suppress(OSError):  # we may no more
                     os.unlink(self.options.bind[5:])
             for pid in self.children.keys() - self.asked:
                 self.ask(pid)
@@ -1496,20 +1528,17 @@ class Server:
         if self.checker or self.stop_by is not None:
             return
         self.check_by = time.monotonic() + CHECK_TIMEOUT
-        try:
-            self.checker = os.fork()
-        except OSError as error:
-            log_error("cannot reload: %s" % error.strerror)
-            return
-        if self.checker == 0:
+        pid = self.fork()
+        if pid == 0:
             start_again(WEBSERVER_CHECK="1")
+        self.checker = max(pid, 0)
 
     def end_check(self, status: int) -> None:
         """Hear what became of the check."""
         self.checker = 0
         if self.wants_check:
             self.reload()
-        elif status == 0:
+        elif os.WIFEXITED(status) and os.WEXITSTATUS(status) == IT_LOADS:
             self.replace()
         elif self.stop_by is None:
             log_error("the new code does not load: the old code goes on")
@@ -1523,8 +1552,8 @@ class Server:
         Signals stay blocked until it can hear them (sd_listen_fds(3), execve(2)).
         """
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        self.obey(self.read_signals())
-        if self.stop_by is not None:
+        self.obey()
+        if self.stop_by is not None or self.checker:  # that was asked for just now
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             return
         notify_reloading()
@@ -1547,6 +1576,8 @@ class Server:
             self.serve_connections()
             self.activity.renew()  # the exit, too, has a deadline
             status = 0
+        except SystemExit as error:  # of a process that the application has forked
+            status = error.code if isinstance(error.code, int) else 1
         except BaseException as error:
             log_exception(error)
         finally:
@@ -1632,6 +1663,14 @@ def start_again(**environ: str) -> NoReturn:
         os._exit(1)
 
 
+def identify_file(path: str) -> tuple[int, int] | None:
+    """Return what no other file has in common with this one; None if there is none."""
+    with suppress(OSError):
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
+    return None
+
+
 def list_sources() -> dict[str, int]:
     """Return the times of change of all source files beside imported ones, but for installed ones.
 
@@ -1639,20 +1678,25 @@ def list_sources() -> dict[str, int]:
     """
     files = [getattr(module, "__file__", None) or "" for module in list(sys.modules.values())]
     folders = {os.path.dirname(os.path.abspath(file)) for file in files if file.endswith(".py")}
-    own = [f for f in folders if not f.startswith((sys.prefix, sys.base_prefix)) and os.path.isdir(f)]
-    entries = [entry for folder in own for entry in os.scandir(folder) if entry.name.endswith(".py")]
-    return {entry.path: entry.stat().st_mtime_ns for entry in entries if entry.is_file()}
+    times = {}
+    for folder in folders:
+        if "-packages" in folder or folder.startswith(os.path.dirname(os.__file__)):
+            continue
+        with suppress(OSError):  # a file or a folder went while we looked
+            times.update({e.path: e.stat().st_mtime_ns for e in os.scandir(folder) if e.name.endswith(".py")})
+    return times
 
 
 def notify(state: str) -> None:
     """Tell the service manager that started us, if it asked to be told (sd_notify(3))."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            try:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.setblocking(False)  # it may not be listening any more
                 sock.sendto(state.encode(), "\0" + path[1:] if path[0] == "@" else path)
-            except OSError as error:
-                log_error("cannot notify %s: %s" % (path, error.strerror))
+        except OSError as error:
+            log_error("cannot notify %s: %s" % (path, error.strerror or error))
 
 
 def notify_reloading() -> None:
@@ -1675,8 +1719,8 @@ def exit_child(status: int) -> NoReturn:
         if "threading" in sys.modules:
             sys.modules["threading"]._shutdown()
         atexit._run_exitfuncs()
-    finally:
         flush_output()
+    finally:
         os._exit(status)
 
 
@@ -1725,25 +1769,49 @@ def start(load: Callable[[], Application], options: Options) -> None:
     Here the two halves meet: the server gets one callable, and does not know what it says to the client.
     """
     options = check_options(options)
-    if options.check or "WEBSERVER_CHECK" in os.environ:
-        application = load()
-        print("the application loads: %r" % (application,), file=sys.stdout if options.check else sys.stderr)
+    open_standard_files()
+    if options.check:
+        print("the application loads: %r" % (load(),))
         return
+    if "WEBSERVER_CHECK" in os.environ:
+        load()
+        raise SystemExit(IT_LOADS)
     listener = inherit_listener()
     if listener and os.environ.pop("LISTEN_FDNAMES", "") != OWN_SOCKET:
         options = options._replace(bind="fd:%d" % LISTEN_FD)
     listener = listener or open_listener(options.bind)
-    faulthandler.enable()  # the Python stack of a segfault, on stderr
     if options.user:
         drop_privileges(options.user)
-    application = load()
-    server = Server(listener, partial(serve_connection, application, options), options)
+    is_reload = "WEBSERVER_CHILDREN" in os.environ
+    server = Server(listener, options)
+    if is_reload:
+        server.catch_signals()  # at a first start, not before the application is loaded: Ctrl-C ends that as anything
+    try:
+        application = load()
+    except StartError:
+        if is_reload:  # it did load when it was checked
+            time.sleep(TICK)
+            server.replace()  # try again; it comes back only if the server is to stop
+        raise
+    if not is_reload:
+        server.catch_signals()
     prepare_to_fork()
-    server.catch_signals()
     if os.geteuid() == 0:
         log_error("running as root: let --user NAME give that up once the address is bound")
     log_error("serving on %s, pid %d" % (describe_address(listener), os.getpid()))
-    server.run()
+    server.run(partial(serve_connection, application, options))
+
+
+def open_standard_files() -> None:
+    """See that descriptors 0 to 2 are open: else a connection would get one of them, and with it what is logged."""
+    while True:
+        fd = os.open(os.devnull, os.O_RDWR)
+        if fd > 2:
+            break
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    sys.stderr = sys.stderr or io.TextIOWrapper(io.FileIO(2, "w", closefd=False), line_buffering=True)
+    faulthandler.enable(2)  # the Python stack of a segfault
 
 
 def prepare_to_fork() -> None:
@@ -1940,7 +2008,7 @@ def open_listener(bind: str) -> socket.socket:
             listener.listen(BACKLOG)
     except OSError as error:
         advice = ADVICE.get(error.errno or 0, "")
-        raise StartError("cannot listen on %s: %s%s" % (bind, error.strerror, advice)) from None
+        raise StartError("cannot listen on %s: %s%s" % (bind, error.strerror or error, advice)) from None
     listener.setblocking(True)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, make_timeval(TICK))  # accept() returns to look around
     if listener.family != socket.AF_UNIX:
@@ -1987,9 +2055,12 @@ def bind_unix(path: str) -> socket.socket:
     if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.settimeout(TICK)
                 probe.connect(path)
         except ConnectionRefusedError:
             os.unlink(path)
+        except OSError:
+            pass  # somebody may listen: let bind say what is wrong
     listener.bind(path)
     return listener
 
