@@ -292,11 +292,11 @@ class Stream:
 
     def send(self, data: bytes) -> None:
         """Send the data, all of it."""
-        sent = 0
         try:
+            sent = self.sock.send(data)
             while sent < len(data):  # each send takes at least a part, or fails after SO_SNDTIMEO
                 self.activity.renew()
-                sent += self.sock.send(memoryview(data)[sent:] if sent else data)
+                sent += self.sock.send(memoryview(data)[sent:])
         except OSError as error:
             raise ClientGoneError from error
 
@@ -307,6 +307,7 @@ class Stream:
             sent = self.sock.sendmsg(parts)
         except OSError as error:
             raise ClientGoneError from error
+        self.activity.renew()
         if sent < sum(map(len, parts)):
             self.send(b"".join(parts)[sent:])
 
@@ -743,15 +744,20 @@ def make_request_environ(request: Request) -> Environ:
     return environ
 
 
-def add_input(environ: Environ, body: Body | None) -> None:
+def add_input(environ: Environ, connection: Environ, body: Body | None) -> None:
     """Set wsgi.input, and CONTENT_LENGTH for a chunked body that is small enough to be collected.
 
+    To make a reader is dear: without a body, all requests of a connection have the same.
     Django and Bottle read what CONTENT_LENGTH announces and take a body without it for none. A larger body is left to
     those that know wsgi.input_terminated, as Flask, Falcon and Pyramid do.
     """
     content = body.collect() if body and body.is_chunked else None
     if body is None:
-        environ["wsgi.input"] = io.BufferedReader(io.BytesIO(), 1)
+        try:
+            connection["wsgi.input"].readable()
+        except (KeyError, ValueError):  # there is none yet, or an application has closed or detached it
+            connection["wsgi.input"] = io.BufferedReader(io.BytesIO(), 1)
+        environ["wsgi.input"] = connection["wsgi.input"]
     elif content is None:
         environ["wsgi.input"] = io.BufferedReader(body, RECEIVE_SIZE)
     else:
@@ -842,10 +848,14 @@ class Response:
         self.has_body = self.request.method != "HEAD" and self.head.status not in (204, 304)  # RFC 9110 §6.4.1
 
     def write(self, block: bytes) -> None:
-        """Send a block of the body, which is progress (PEP 3333, "The write() Callable")."""
+        """Send a block of the body (PEP 3333, "The write() Callable"); to have it is progress, to have sent it, too."""
         if self.is_complete:
             raise AssertionError("write() was called after the end of the response")
+        if not block or self.is_full:
+            return
+        self.stream.activity.renew()
         self.send_block(block)
+        self.stream.activity.renew()
 
     def send_block(self, block: bytes) -> None:
         """Send a block, with the head before the first."""
@@ -867,7 +877,6 @@ class Response:
         else:
             self.stream.send_parts(head, block, end)
         self.sent += len(block)
-        self.stream.activity.renew()
 
     def send_file(self, wrapper: FileWrapper) -> bool:
         """Send a regular file by sendfile(2); return whether it could be sent so."""
@@ -1040,11 +1049,11 @@ def serve_request(
         response.request = request
         response.is_closing = not (request.is_persistent and options.keep_alive)
         connection["webserver.request"] += 1
-        environ = {**connection, **variables}
+        environ = {**variables, **connection}
         if request.length != 0:
             stream.set_patience(options.timeout)
             response.body = Body(stream, request, options.limit_request_body)
-        add_input(environ, response.body)
+        add_input(environ, connection, response.body)
         run_application(application, environ, response)
     except BaseException as error:  # SystemExit in an application is an error like any other
         if stream.activity.is_forked or (options.no_fork and isinstance(error, KeyboardInterrupt)):
