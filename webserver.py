@@ -906,28 +906,37 @@ class Response:
 
     def make_head(self) -> bytes:
         """Return the head, decide the framing of the body, and take the head for sent (RFC 9112 §6.3)."""
-        head, body, framing, connection = self.head, self.body, b"", b""
+        head, body, connection = self.head, self.body, ""
         if head is None:
             raise AssertionError("the application did not call start_response")
-        if body and body.failure:
-            raise body.failure
-        if self.length is not None and head.status != 204:  # RFC 9110 §8.6
-            framing = b"Content-Length: %d\r\n" % self.length
-        elif self.has_body and self.request.version == "HTTP/1.0":
+        is_old = self.request.version == "HTTP/1.0"
+        self.is_chunked = self.length is None and self.has_body and not is_old
+        if head.is_closing or self.stream.activity.is_finishing or (is_old and self.has_body and self.length is None):
             self.is_closing = True
-        elif self.has_body:
-            self.is_chunked, framing = True, b"Transfer-Encoding: chunked\r\n"
-        if head.is_closing or self.stream.activity.is_finishing or (body and body.awaits_continue):
-            self.is_closing = True  # a body that waits for a 100 (Continue) may come now or never
         if body:
-            body.awaits_continue = False
+            if body.failure:
+                raise body.failure
+            if body.awaits_continue:  # it may come now or never
+                self.is_closing, body.awaits_continue = True, False
         if self.is_closing:
-            connection = b"Connection: close\r\n"
-        elif self.request.version == "HTTP/1.0":
-            connection = b"Connection: keep-alive\r\n"
+            connection = "close"
+        elif is_old:
+            connection = "keep-alive"
         self.is_head_sent = True
-        date = b"" if head.has_date else make_date_line(int(time.time()))
-        return b"".join((head.lines, framing, date, connection, b"\r\n"))
+        return format_head(head, self.length, self.is_chunked, connection, int(time.time()))
+
+
+@lru_cache(maxsize=64)
+def format_head(head: ResponseHead, length: int | None, is_chunked: bool, connection: str, second: int) -> bytes:
+    """Return the bytes of a head: one look-up for a response that repeats within a second."""
+    lines = head.lines
+    if is_chunked:
+        lines += b"Transfer-Encoding: chunked\r\n"
+    elif length is not None and head.status != 204:  # RFC 9110 §8.6
+        lines += b"Content-Length: %d\r\n" % length
+    if connection:
+        lines += b"Connection: %b\r\n" % connection.encode()
+    return lines + (b"\r\n" if head.has_date else make_date_line(second) + b"\r\n")
 
 
 @lru_cache(maxsize=64)
@@ -974,7 +983,6 @@ DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 MONTHS = ("", "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
-@lru_cache(maxsize=1)
 def make_date_line(second: int) -> bytes:
     """Return the Date field line for a second since the epoch (RFC 9110 §6.6.1).
 
@@ -1687,12 +1695,13 @@ def list_sources() -> dict[str, int]:
     """
     files = [getattr(module, "__file__", None) or "" for module in list(sys.modules.values())]
     folders = {os.path.dirname(os.path.abspath(file)) for file in files if file.endswith(".py")}
+    installed = re.compile("%s/|.*/(site|dist)-packages/" % re.escape(os.path.dirname(os.__file__)))
     times = {}
-    for folder in folders:
-        if "-packages" in folder or folder.startswith(os.path.dirname(os.__file__)):
-            continue
-        with suppress(OSError):  # a file or a folder went while we looked
-            times.update({e.path: e.stat().st_mtime_ns for e in os.scandir(folder) if e.name.endswith(".py")})
+    for folder in (folder for folder in folders if not installed.match(folder + "/")):
+        with suppress(OSError):  # the folder went while we looked
+            for path in (os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".py")):
+                with suppress(OSError):  # the file did, or is a link that leads nowhere
+                    times[path] = os.stat(path).st_mtime_ns
     return times
 
 
