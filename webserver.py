@@ -791,6 +791,7 @@ def make_start_response(response: Response) -> StartResponse:
     """Return the start_response of one request (PEP 3333, "The start_response() Callable")."""
 
     def start_response(status: str, response_headers: list[tuple[str, str]], exc_info: Any = None) -> Write:
+        """Take over the head; with exc_info in place of an earlier one, if that was not sent."""
         try:
             if exc_info and response.is_head_sent:
                 raise exc_info[1].with_traceback(exc_info[2])
@@ -1201,8 +1202,8 @@ def log_exception(error: BaseException, head: bytes = b"") -> None:
 # in accept(), forked ahead, so that the fork is off the way of the client. fork(2), waitpid(2), signal(7).
 #
 # What parent and children share is the scoreboard: a row of times, one slot for each child, in anonymous memory. A
-# slot has one writer at a time: the child while it lives, the parent before the fork and after the reaping. From it
-# alone the parent knows whether a child is spare, who is idle, and whose request is overdue.
+# slot has one writer at a time: the child while it lives, the parent before the fork, after the reaping, and when the
+# child is stuck. From it alone the parent knows whether a child is spare, who is idle, and whose request is overdue.
 
 SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)
 LISTEN_FD = 3  # where sd_listen_fds(3) has the first socket
@@ -1346,7 +1347,7 @@ class Server:
 
     def has_spare(self) -> bool:
         """Return whether a child waits in accept()."""
-        return SPARE in self.times.tobytes()  # a hundred times faster than to look at each time
+        return SPARE in self.times.tobytes()  # five times as fast as to look at each
 
     def is_full(self) -> bool:
         """Return whether the cap is reached, so that for who knocks now somebody would have to leave."""
