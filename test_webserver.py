@@ -2718,7 +2718,7 @@ HANGS = {  # all of these at once, with --timeout 1
 }  # fmt: skip
 
 
-DOWNLOAD = 2400000  # bytes: more than one sendfile should take at once
+DOWNLOAD = 2400000  # bytes: more than one send should have to take at once
 
 
 def receive_steadily(client: socket.socket, rate: int) -> bytes:
