@@ -1840,7 +1840,8 @@ def prepare_to_fork() -> None:
     if threading and threading.active_count() > 1:
         names = ", ".join(thread.name for thread in threading.enumerate()[1:])
         log_error("the application has started threads, which no child will have (%s)" % names)
-    warm_up()
+    with suppress(OSError):  # short of descriptors: then without
+        warm_up()
     flush_output()  # else each child would flush a copy
     gc.collect()
     if hasattr(gc, "freeze"):
