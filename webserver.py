@@ -314,7 +314,8 @@ class Stream:
     def send_file(self, fd: int, offset: int, size: int) -> int:
         """Send so many bytes of a regular file; return how many there were.
 
-        To read and send blocks of this size was 1.4 times as fast as sendfile(2), and took less time of the processor.
+        To read and send blocks of this size was 1.4 times as fast as sendfile(2) over loopback on Linux 6.18, and took
+        less time of the processor.
         """
         sent = 0
         while sent < size and (block := os.pread(fd, min(size - sent, FILE_BLOCK_SIZE), offset + sent)):
@@ -748,7 +749,8 @@ def make_request_environ(request: Request) -> Environ:
 def add_input(environ: Environ, connection: Environ, body: Body | None) -> None:
     """Set wsgi.input, and CONTENT_LENGTH for a chunked body that is small enough to be collected.
 
-    To make a reader is dear: without a body, all requests of a connection have the same.
+    To make a reader is dear: without a body, all requests of a connection have the same one.
+
     Django and Bottle read what CONTENT_LENGTH announces and take a body without it for none. A larger body is left to
     those that know wsgi.input_terminated, as Flask, Falcon and Pyramid do.
     """
@@ -1904,9 +1906,10 @@ application it shows a page with the environ that an application would see."""
 ENVIRONMENT = """environment: PORT serves on all addresses at this port; LISTEN_FDS with LISTEN_PID,
 and NOTIFY_SOCKET, as systemd sets them."""
 
+LOG_STYLES = ("combined", "json", "off")
 NUMBER = partial(parse_value, "[0-9]+", int, "not a whole number: %r")
 SECONDS = partial(parse_value, r"[0-9]+(\.[0-9]*)?|\.[0-9]+", float, "not a number of seconds: %r")
-STYLE = partial(parse_value, "combined|json|off", str, "not combined, json or off: %r")
+STYLE = partial(parse_value, "|".join(LOG_STYLES), str, "not combined, json or off: %r")
 
 OWN_OPTIONS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("-b --bind", "ADDRESS", str, "HOST:PORT, [::1]:PORT, :PORT (all addresses), unix:PATH, fd:N (127.0.0.1:8000)"),
@@ -1943,6 +1946,8 @@ def check_options(options: Options) -> Options:
     for name, low, high in BOUNDS:
         if not low <= getattr(options, name) <= high:
             raise StartError("--%s must be from %g to %g" % (name.replace("_", "-"), low, high), 2)
+    if options.access_log not in LOG_STYLES:
+        raise StartError("--access-log must be one of " + ", ".join(LOG_STYLES), 2)
     bind = options.bind or (":" + os.environ["PORT"] if os.environ.get("PORT") else "127.0.0.1:8000")
     return options._replace(bind=bind, connections_per_child=0 if options.no_fork else options.connections_per_child)
 
