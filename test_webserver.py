@@ -15,6 +15,7 @@ import http.client
 import io
 import json
 import lzma
+import operator
 import os
 import random
 import re
@@ -397,7 +398,10 @@ def raise_hang(signum: int, frame: Any) -> None:
 ACTIVITY = webserver.Activity(*webserver.make_scoreboard(1), 0)
 
 
-def serve(data: bytes, *sizes: int, read: Callable[[Any], bytes] = io.BufferedReader.read, **options: Any) -> Served:
+READ_ALL = operator.methodcaller("read")
+
+
+def serve(data: bytes, *sizes: int, read: Callable[[Any], bytes] = READ_ALL, **options: Any) -> Served:
     """Serve a connection whose client has sent all this and ended; no threads, nothing to wait for."""
     requests: list[dict[str, Any]] = []
 
@@ -1551,7 +1555,7 @@ def test_never_blocks_at_the_end_of_the_body() -> None:
     everything: list[Callable[[Any], Any]] = [row[1] for row in READS]
 
     def application(environ: dict[str, Any], start_response: Any) -> list[bytes]:
-        results = [read(environ["wsgi.input"]) for read in [io.BufferedReader.read, *everything[3:13]]]
+        results = [read(environ["wsgi.input"]) for read in [READ_ALL, *everything[3:13]]]
         start_response("200 OK", [("Content-Length", "3")])
         return [b"%03d" % len(b"".join(results))]
 
@@ -1562,11 +1566,10 @@ def test_never_blocks_at_the_end_of_the_body() -> None:
             assert receive_until(client, b"\r\n\r\n" + wanted).startswith(b"HTTP/1.1 200 ")
 
 
-@pytest.mark.parametrize("misuse", ["close", "detach"])
-def test_a_missing_body_that_is_closed_or_detached_leaves_later_ones_whole(misuse: str) -> None:
+def test_a_missing_body_that_is_closed_leaves_later_ones_whole() -> None:
     def application(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         body = environ["wsgi.input"].read()
-        getattr(environ["wsgi.input"], misuse)()
+        environ["wsgi.input"].close()
         start_response("200 OK", [("Content-Length", str(len(body)))])
         return [body]
 
@@ -1642,7 +1645,7 @@ def test_gives_the_environ_of_pep_3333(tcp: list[Any], no_fork: bool) -> None:
             "wsgi.input_terminated": True, "SERVER_NAME": "127.0.0.1", "SERVER_PORT": str(tcp[-1][1]),
         }  # fmt: skip
         assert {key: environ.get(key) for key in wanted} == wanted
-        assert isinstance(environ["wsgi.input"], io.BufferedReader) and hasattr(environ["wsgi.errors"], "write")
+        assert isinstance(environ["wsgi.input"], io.BufferedIOBase) and hasattr(environ["wsgi.errors"], "write")
         assert environ["SERVER_SOFTWARE"] and not {"HTTP_CONTENT_TYPE", "HTTP_CONTENT_LENGTH"} & set(environ)
     assert (first["CONTENT_TYPE"], first["CONTENT_LENGTH"], first["HTTP_X"]) == ("a/b", "3", "y")
     assert not second.get("CONTENT_TYPE") and not second.get("CONTENT_LENGTH") and "HTTP_X" not in second

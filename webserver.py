@@ -197,7 +197,7 @@ class Activity:
     written and read in one piece, without a lock.
     """
 
-    __slots__ = ("client", "connections", "is_finishing", "is_forked", "notes", "requests", "slot", "sock", "times")
+    __slots__ = ("client", "connections", "is_finishing", "notes", "pid", "requests", "slot", "sock", "times")
 
     def __init__(self, times: memoryview[float], notes: memoryview, slot: int) -> None:
         self.times, self.notes, self.slot = times, notes, slot
@@ -205,7 +205,7 @@ class Activity:
         self.client = b""
         self.connections = self.requests = 0
         self.is_finishing = False  # the process was asked to close its connection as soon as it may
-        self.is_forked = False  # this is not the process that serves, but one that the application has forked from it
+        self.pid = os.getpid()  # of the process that serves; another one was forked from it by the application
 
     def connect(self, sock: socket.socket, client: str) -> None:
         """A connection has come."""
@@ -291,7 +291,8 @@ class Stream:
         return line[:-1]
 
     def send(self, data: bytes) -> None:
-        """Send the data, all of it."""
+        """Send the data, all of it; to have it is progress."""
+        self.activity.renew()
         try:
             sent = self.sock.send(data)
             while sent < len(data):  # each send takes at least a part, or fails after SO_SNDTIMEO
@@ -320,7 +321,6 @@ class Stream:
         sent = 0
         while sent < size and (block := os.pread(fd, min(size - sent, FILE_BLOCK_SIZE), offset + sent)):
             self.send(block)
-            self.activity.renew()
             sent += len(block)
         return sent
 
@@ -362,7 +362,6 @@ class Request(NamedTuple):
 
     method: str = ""
     target: str = ""  # as it was received
-    authority: str | None = None  # of an absolute target
     path: str = ""  # percent-decoded, each byte as the latin-1 character that PEP 3333 wants
     query: str = ""  # raw
     version: str = "HTTP/1.1"
@@ -439,29 +438,26 @@ def parse_head(head: bytes) -> Request:
         raise HTTPError(431, "too large a head")
     start = 2 if head.startswith(b"\r\n") else 0  # one empty line before a request-line is tolerated (RFC 9112 §2.2)
     line, *lines = head[start:-4].split(b"\r\n")
-    request = parse_request_line(line)
+    method, target, authority, path, query, version = parse_request_line(line)
     fields = parse_fields(lines)
     if "host" in fields:
         check_host(fields["host"].encode("latin-1"), "an invalid Host")
-    elif request.version != "HTTP/1.0":
+    elif version != "HTTP/1.0":
         raise HTTPError(400, "no Host")
-    if request.authority is not None:
-        fields["host"] = request.authority  # RFC 9112 §3.2.2
-    length = parse_framing(request.version, fields)
+    if authority is not None:
+        fields["host"] = authority  # RFC 9112 §3.2.2
+    length = parse_framing(version, fields)
     if "content-length" in fields:
         fields["content-length"] = str(length)  # repeats of it become one
     options = parse_list(fields.get("connection", ""))
-    return request._replace(
-        fields=fields,
-        length=length,
-        is_persistent="close" not in options and (request.version != "HTTP/1.0" or "keep-alive" in options),
-        expects_continue=parse_expect(request.version, fields),
-    )
+    is_persistent = "close" not in options and (version != "HTTP/1.0" or "keep-alive" in options)
+    expects_continue = parse_expect(version, fields)
+    return Request(method, target, path, query, version, fields, length, is_persistent, expects_continue)
 
 
 @lru_cache(maxsize=256)
-def parse_request_line(line: bytes) -> Request:
-    """Return the request as far as its first line tells (RFC 9112 §3)."""
+def parse_request_line(line: bytes) -> tuple[str, str, str | None, str, str, str]:
+    """Return the method, the target as it came, its authority, path and query, and the version (RFC 9112 §3)."""
     if len(line) > MAX_REQUEST_LINE:
         raise HTTPError(414, "too long a request-line")
     match = REQUEST_LINE.fullmatch(line)
@@ -474,7 +470,7 @@ def parse_request_line(line: bytes) -> Request:
         raise HTTPError(501, "CONNECT is for proxies")
     authority, path, query = parse_target(method, target)
     version = "HTTP/1.0" if minor == b"0" else "HTTP/1.1"  # a higher minor version is answered as 1.1 (RFC 9110 §2.5)
-    return Request(method.decode(), target.decode(), authority, path, query, version)
+    return method.decode(), target.decode(), authority, path, query, version
 
 
 def parse_target(method: bytes, target: bytes) -> tuple[str | None, str, str]:
@@ -526,7 +522,7 @@ def parse_field_line(line: bytes) -> tuple[str, str]:
 
 def parse_list(value: str) -> list[str]:
     """Return the members of a list, in lower case and without the empty ones (RFC 9110 §5.6.1)."""
-    return [member for member in (part.strip(" \t").lower() for part in value.split(",")) if member]
+    return list(filter(None, [member.strip(" \t") for member in value.lower().split(",")]))
 
 
 def check_host(host: bytes, detail: str) -> None:
@@ -746,26 +742,19 @@ def make_request_environ(request: Request) -> Environ:
     return environ
 
 
-def add_input(environ: Environ, connection: Environ, body: Body | None) -> None:
+def add_input(environ: Environ, body: Body | None) -> None:
     """Set wsgi.input, and CONTENT_LENGTH for a chunked body that is small enough to be collected.
-
-    To make a reader is dear: without a body, all requests of a connection have the same one.
 
     Django and Bottle read what CONTENT_LENGTH announces and take a body without it for none. A larger body is left to
     those that know wsgi.input_terminated, as Flask, Falcon and Pyramid do.
     """
     content = body.collect() if body and body.is_chunked else None
-    if body is None:
-        try:
-            connection["wsgi.input"].readable()
-        except (KeyError, ValueError):  # there is none yet, or an application has closed or detached it
-            connection["wsgi.input"] = io.BufferedReader(io.BytesIO(), 1)
-        environ["wsgi.input"] = connection["wsgi.input"]
-    elif content is None:
-        environ["wsgi.input"] = io.BufferedReader(body, RECEIVE_SIZE)
-    else:
-        environ["wsgi.input"] = io.BufferedReader(io.BytesIO(content))
+    if content is not None:
         environ["CONTENT_LENGTH"] = str(len(content))
+    elif body:
+        environ["wsgi.input"] = io.BufferedReader(body, RECEIVE_SIZE)
+        return
+    environ["wsgi.input"] = io.BytesIO(content or b"")
 
 
 # ---- 8. Response ------------------------------------------------------------
@@ -775,16 +764,16 @@ def add_input(environ: Environ, connection: Environ, body: Body | None) -> None:
 
 def run_application(application: Application, environ: Environ, response: Response) -> None:
     """Call the application and send what it gives (PEP 3333, "Specification Details")."""
-    blocks, last = application(environ, make_start_response(response)), b""
+    blocks = application(environ, make_start_response(response))
     try:
         if isinstance(blocks, (list, tuple)):
-            last = b"".join(blocks)  # all there is: its length can be told
+            response.send(b"".join(blocks), is_last=True)  # all there is: its length can be told
         elif not (isinstance(blocks, FileWrapper) and response.send_file(blocks)):
             for block in blocks:  # each at once (PEP 3333, "Buffering and Streaming")
                 response.write(block)
                 if response.is_full:
                     break
-        response.finish(last)
+        response.finish()
     finally:
         if hasattr(blocks, "close"):
             blocks.close()
@@ -800,9 +789,14 @@ def make_start_response(response: Response) -> StartResponse:
                 raise exc_info[1].with_traceback(exc_info[2])
             if response.head and not exc_info:
                 raise AssertionError("start_response was called a second time without exc_info")
-            response.start(status, response_headers)
         finally:
             exc_info = None  # it refers to this frame: a circle that only the garbage collector could break
+        try:
+            if not isinstance(response_headers, list):
+                raise TypeError
+            response.head = parse_response_head(status, tuple(response_headers))
+        except TypeError:
+            raise TypeError("not a status and a list of (name, value): %r, %r" % (status, response_headers)) from None
         return response.write
 
     return start_response
@@ -840,40 +834,26 @@ class Response:
         self.is_full = False  # further blocks are dropped
         self.is_complete = False
 
-    def start(self, status: str, response_headers: list[tuple[str, str]]) -> None:
-        """Take over status and headers; nothing is sent yet."""
-        if not isinstance(response_headers, list):
-            raise TypeError("response_headers is not a list: %.100r" % (response_headers,))
-        try:
-            self.head = parse_response_head(status, tuple(response_headers))
-        except TypeError:
-            raise TypeError("not a status and a list of (name, value): %r, %r" % (status, response_headers)) from None
-        self.length = 0 if self.head.status == 205 else self.head.length  # RFC 9110 §15.3.6
-        self.has_body = self.request.method != "HEAD" and self.head.status not in (204, 304)  # RFC 9110 §6.4.1
-
     def write(self, block: bytes) -> None:
-        """Send a block of the body (PEP 3333, "The write() Callable"); to have it is progress, to have sent it, too."""
+        """Send a block of the body (PEP 3333, "The write() Callable")."""
         if self.is_complete:
             raise AssertionError("write() was called after the end of the response")
-        if not block or self.is_full:
-            return
-        self.stream.activity.renew()
-        self.send_block(block)
-        self.stream.activity.renew()
+        self.send(block)
+        if block:
+            self.stream.activity.renew()  # to have sent it is progress
 
-    def send_block(self, block: bytes) -> None:
-        """Send a block, with the head before the first."""
+    def send(self, block: bytes, is_last: bool = False) -> None:
+        """Send a block of the body, with the head before the first, which may be empty only if it is the last, too."""
         if not isinstance(block, bytes):
             raise TypeError("a block of the body is not bytes: %.100r" % (block,))
-        if not block or self.is_full:
+        if self.is_full or not block and (self.is_head_sent or not is_last):
             return
-        head = b"" if self.is_head_sent else self.make_head()
+        head, end = b"" if self.is_head_sent else self.make_head(len(block) if is_last else None), b""
         if not self.has_body:
             self.is_full, block = True, b""
         elif self.length is not None and self.sent + len(block) > self.length:
             log_error("the body is longer than its Content-Length of %d: cut there" % self.length)
             self.is_full, block = True, block[: self.length - self.sent]
-        end = b""
         if self.is_chunked:
             head, end = head + b"%x\r\n" % len(block), b"\r\n"
         if len(block) <= JOIN_SIZE:
@@ -888,32 +868,34 @@ class Response:
         if found is None:
             return False
         fd, offset, size = found
-        if self.length is None:
-            self.length = size
-        self.stream.send(self.make_head())
+        self.stream.send(self.make_head(size))
         if self.has_body:
-            self.sent = self.stream.send_file(fd, offset, min(size, self.length))
+            self.sent = self.stream.send_file(fd, offset, min(size, self.length or 0))
         return True
 
-    def finish(self, last: bytes = b"") -> None:
-        """Send the last block, and what ends the body by its framing."""
-        if self.length is None and not self.is_head_sent and (last or self.has_body):
-            self.length = len(last)
-        self.send_block(last)
+    def finish(self) -> None:
+        """Send what ends the body by its framing, and see that nothing is missing."""
         if not self.is_head_sent:
-            self.stream.send(self.make_head())
+            self.send(b"", is_last=True)
         if self.is_chunked:
             self.stream.send(b"0\r\n\r\n")
         self.is_complete = True
         if self.has_body and self.length is not None and self.sent < self.length:
             raise ValueError("the body has %d bytes, its Content-Length is %d" % (self.sent, self.length))
 
-    def make_head(self) -> bytes:
-        """Return the head, decide the framing of the body, and take the head for sent (RFC 9112 §6.3)."""
+    def make_head(self, size: int | None) -> bytes:
+        """Return the head, decide the framing of a body of this size, if known, and take the head for sent.
+
+        (RFC 9112 §6.3)
+        """
         head, body, connection = self.head, self.body, ""
         if head is None:
             raise AssertionError("the application did not call start_response")
         is_old = self.request.version == "HTTP/1.0"
+        self.has_body = self.request.method != "HEAD" and head.status not in (204, 304)  # RFC 9110 §6.4.1
+        self.length = head.length
+        if self.length is None and (size or self.has_body):
+            self.length = size
         self.is_chunked = self.length is None and self.has_body and not is_old
         if head.is_closing or self.stream.activity.is_finishing or (is_old and self.has_body and self.length is None):
             self.is_closing = True
@@ -964,6 +946,7 @@ def parse_response_head(status: str, response_headers: tuple[tuple[str, str], ..
     if "server" not in names:
         lines.append("Server: %s\r\n" % PRODUCT)
     text = "".join(lines).encode("latin-1")
+    length = 0 if status.startswith("205") else length  # RFC 9110 §15.3.6
     return ResponseHead(int(status[:3]), text, length, "connection" in names, "date" in names)
 
 
@@ -983,8 +966,8 @@ def check_header(header: tuple[str, str]) -> tuple[str, str]:
     return name, value
 
 
-DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-MONTHS = ("", "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+DAYS = b"Mon Tue Wed Thu Fri Sat Sun".split()
+MONTHS = b"- Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
 
 
 def make_date_line(second: int) -> bytes:
@@ -992,9 +975,9 @@ def make_date_line(second: int) -> bytes:
 
     email.utils.formatdate would do, but it brings 20 modules, which every fork copies; strftime obeys the locale.
     """
-    t = time.gmtime(second)
-    date = (DAYS[t.tm_wday], t.tm_mday, MONTHS[t.tm_mon], t.tm_year, t.tm_hour, t.tm_min, t.tm_sec)
-    return ("Date: %s, %02d %s %d %02d:%02d:%02d GMT\r\n" % date).encode()
+    year, month, day, hour, minute, second, weekday = time.gmtime(second)[:7]
+    date = (DAYS[weekday], day, MONTHS[month], year, hour, minute, second)
+    return b"Date: %b, %02d %b %d %02d:%02d:%02d GMT\r\n" % date
 
 
 class FileWrapper:
@@ -1037,7 +1020,7 @@ def serve_connection(
     application: Application, options: Options, sock: socket.socket, address: Any, activity: Activity
 ) -> None:
     """Serve all requests of a connection, then close it."""
-    with sock, suppress(ClientGoneError, OSError):  # OSError: it was reset before we first looked at it
+    try:
         stream = Stream(sock, activity, options.timeout)
         environ = make_connection_environ(sock, address, not options.no_fork)
         patience = min(HEAD_TIMEOUT, options.timeout)
@@ -1045,6 +1028,10 @@ def serve_connection(
             activity.wait()
             patience = options.keep_alive
         sock.shutdown(socket.SHUT_WR)  # the end for the client, also if a process of the application holds a copy
+    except (ClientGoneError, OSError):
+        pass  # OSError: it was reset before we first looked at it
+    finally:
+        sock.close()
 
 
 def serve_request(
@@ -1065,10 +1052,10 @@ def serve_request(
         if request.length != 0:
             stream.set_patience(options.timeout)
             response.body = Body(stream, request, options.limit_request_body)
-        add_input(environ, connection, response.body)
+        add_input(environ, response.body)
         run_application(application, environ, response)
     except BaseException as error:  # SystemExit in an application is an error like any other
-        if stream.activity.is_forked or (options.no_fork and isinstance(error, KeyboardInterrupt)):
+        if stream.activity.pid != os.getpid() or (options.no_fork and isinstance(error, KeyboardInterrupt)):
             raise
         detail = recover(response, head or stream.pending, error)
     if options.access_log != "off":
@@ -1110,11 +1097,11 @@ def send_error(response: Response, head: bytes, status: str, detail: str) -> Non
     """Answer with the status and the detail, and end the connection."""
     if response.request is NO_REQUEST and head.lstrip(b"\r\n").startswith(b"HEAD "):
         response.request = NO_REQUEST._replace(method="HEAD")
-    response.stream.activity.renew()
     response.body = None
     response.is_closing = True
-    response.start(status, [("Content-Type", "text/plain; charset=utf-8")])
-    response.finish(("%s: %s\n" % (status, detail)).encode())
+    response.head = parse_response_head(status, (("Content-Type", "text/plain; charset=utf-8"),))
+    response.send(("%s: %s\n" % (status, detail)).encode(), is_last=True)
+    response.finish()
 
 
 def log_access(style: str, response: Response, connection: Environ, head: bytes, began: float, detail: str) -> None:
@@ -1154,9 +1141,8 @@ COMBINED = '%(client)s - - [%(time)s] "%(request)s" %(status)d %(bytes)d "%(refe
 @lru_cache(maxsize=1)
 def make_log_time(second: int) -> str:
     """Return the time of a log line, in UTC."""
-    t = time.gmtime(second)
-    date = (t.tm_mday, MONTHS[t.tm_mon], t.tm_year, t.tm_hour, t.tm_min, t.tm_sec)
-    return "%02d/%s/%d:%02d:%02d:%02d +0000" % date
+    year, month, day, hour, minute, second = time.gmtime(second)[:6]
+    return "%02d/%s/%d:%02d:%02d:%02d +0000" % (day, MONTHS[month].decode(), year, hour, minute, second)
 
 
 UNSAFE = re.compile(r'[^ !#-\[\]-~]')
@@ -1232,8 +1218,8 @@ class Server:
         self.activity = Activity(self.times, self.notes, self.elder_slot)  # a child's; its slot is set before the fork
         self.wake_read, self.wake_write = os.pipe()
         self.signals: list[int] = []  # that came and were not obeyed yet
-        self.masks: list[Any] = []  # of the signals that were blocked before the forks under way
-        self.is_forking = False  # the fork under way is one of ours
+        self.is_forking = False  # a child of ours is being born
+        self.masks: list[Any] = []  # of the signals that were blocked before other forks under way
         self.suspects: set[int] = set()  # spare children that had not taken a newcomer at the last TICK
         self.deaths = 0  # of children in a row that no connection had reached
         self.next_fork = self.next_ask = self.next_tick = 0.0  # not before these times
@@ -1272,53 +1258,56 @@ class Server:
             if signum != signal.SIGINT or not self.options.no_fork:  # there it is for the debugger
                 signal.signal(signum, self.on_signal)
         signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
-        hooks = {"after_in_parent": self.unblock_signals, "after_in_child": self.be_born}
+        hooks = {"after_in_parent": self.unblock_signals, "after_in_child": self.disown}
         os.register_at_fork(before=self.block_signals, **hooks)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def on_signal(self, signum: int, frame: Any) -> None:
         """Handle a signal: the parent notes it, in a child it concerns the connection."""
-        since = self.times[self.activity.slot]
-        if not self.child_pid:
+        if self.child_pid:
+            since = self.times[self.activity.slot]
+            if signum == signal.SIGTERM:
+                self.finish()
+            elif signum == signal.SIGALRM and FREE < since < time.monotonic() - self.options.timeout:
+                raise Overdue  # else the request was done when the signal came
+        elif os.getpid() == self.pid:  # else a child that does not know yet that it is one
             self.signals.append(signum)
-        elif signum == signal.SIGTERM:
-            self.finish()
-        elif signum == signal.SIGALRM and FREE < since < time.monotonic() - self.options.timeout:
-            raise Overdue  # else the request was done when the signal came
 
-    # Around every fork, ours or one of the application, signals wait: a new process must know who it is before it gets
-    # one, and CPython drops those that come between fork(2) and there.
+    # CPython drops a signal that comes between fork(2) and the return of os.fork(). To a child of ours `ask_again` says
+    # it again; around a fork of the application signals wait, and the new process loses handlers it never asked for.
 
     def block_signals(self) -> None:
         """Let signals wait; forks in several threads may be under way."""
-        self.masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS))
+        if not self.is_forking:
+            self.masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS))
 
     def unblock_signals(self) -> None:
         """Let them come as before."""
-        signal.pthread_sigmask(signal.SIG_SETMASK, self.masks.pop())
-
-    def be_born(self) -> None:
-        """Become a child, or else a process of the application, which never asked for these handlers."""
-        signal.set_wakeup_fd(-1)
         if not self.is_forking:
-            self.activity.is_forked = True
+            signal.pthread_sigmask(signal.SIG_SETMASK, self.masks.pop())
+
+    def disown(self) -> None:
+        """Give up, in a process of the application, what is the server's."""
+        if not self.is_forking:
+            signal.set_wakeup_fd(-1)
             for signum in SIGNALS:
                 if signal.getsignal(signum) == self.on_signal:
                     signal.signal(signum, signal.SIG_DFL)
-        self.is_forking = False
-        self.child_pid = os.getpid()
-        self.unblock_signals()
+            self.unblock_signals()
 
     def fork(self) -> int:
         """Return the pid of a new child, 0 in the child; -1 if the system is short of memory or processes."""
         self.is_forking = True
         try:
-            return os.fork()
+            pid = os.fork()
         except OSError as error:  # EAGAIN, ENOMEM
             self.say("cannot fork: %s" % error.strerror)
-            return -1
-        finally:
-            self.is_forking = False
+            pid = -1
+        if pid == 0:
+            signal.set_wakeup_fd(-1)
+            self.child_pid = self.activity.pid = os.getpid()
+        self.is_forking = False
+        return pid
 
     def sleep(self) -> None:
         """Return when a signal, a child or, at the cap, a newcomer asks for something; after a TICK at most."""
@@ -1438,6 +1427,7 @@ class Server:
             self.next_tick = now + TICK
             self.enforce_deadlines(now)
             self.look_after_spares()
+            self.ask_again()
         if self.options.reload and not self.checker and list_sources() != self.sources:
             self.sources = list_sources()
             self.reload()
@@ -1473,6 +1463,12 @@ class Server:
         """Ask a child to finish: to answer the request in hand and close, at once if it is idle."""
         self.asked.add(pid)
         os.kill(pid, signal.SIGTERM)  # until it is reaped, the pid cannot be anybody else's
+
+    def ask_again(self) -> None:
+        """Ask those who wait as if they had not heard: they may have been too young for a signal."""
+        for pid in self.asked:
+            if not FREE < self.times[self.children[pid]] < ACCEPTING:
+                self.ask(pid)
 
     def enforce_deadlines(self, now: float) -> None:
         """Interrupt requests that made no progress for too long; kill what takes no notice."""
@@ -1609,9 +1605,11 @@ class Server:
         while accepted := self.accept():
             sock, address = accepted
             self.activity.connect(sock, str(address[0]) if isinstance(address, tuple) else "unix")
-            if not self.has_spare():
-                with suppress(OSError):  # the pipe is full of reasons to wake up, or nobody is left to read them
+            try:
+                if not self.has_spare():
                     os.write(self.wake_write, b"\0")
+            except OSError:
+                pass  # the pipe is full of reasons to wake up, or nobody is left to read them
             is_last = self.activity.connections == self.options.connections_per_child  # which may be 0: never
             if is_last:  # close what is needed no more, before an application can hand it on
                 self.listener.close()
@@ -1749,8 +1747,10 @@ def exit_child(status: int) -> NoReturn:
 def flush_output() -> None:
     """Write out what the streams of Python hold."""
     for file in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, OSError, ValueError):  # there is none, or nobody reads it, or it was closed
+        try:
             file.flush()
+        except (AttributeError, OSError, ValueError):
+            pass  # there is none, or nobody reads it, or it was closed
 
 
 # ---- 11. Command line -------------------------------------------------------
