@@ -1255,10 +1255,10 @@ class Server:
         """Have signals noted from now on; a reload has kept them blocked until here."""
         os.set_blocking(self.wake_read, False)
         os.set_blocking(self.wake_write, False)
+        signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
         for signum in SIGNALS:
             if signum != signal.SIGINT or not self.options.no_fork:  # there it is for the debugger
                 signal.signal(signum, self.on_signal)
-        signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
         hooks = {"after_in_parent": self.unblock_signals, "after_in_child": self.disown}
         os.register_at_fork(before=self.block_signals, **hooks)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -1271,7 +1271,7 @@ class Server:
                 self.finish()
             elif signum == signal.SIGALRM and FREE < since < time.monotonic() - self.options.timeout:
                 raise Overdue  # else the request was done when the signal came
-        elif os.getpid() == self.pid:  # else a child that does not know yet that it is one
+        else:
             self.signals.append(signum)
 
     # CPython drops a signal that comes between fork(2) and the return of os.fork(). To a child of ours `ask_again` says
@@ -1313,13 +1313,18 @@ class Server:
     def sleep(self) -> None:
         """Return when a signal, a child or, at the cap, a newcomer asks for something; after a TICK at most."""
         now = time.monotonic()
-        pause = 0 if self.signals else TICK if self.stop_by is None and not self.options.reload else TICK / 4
+        pause = TICK if self.stop_by is None and not self.sources else TICK / 4
+        for when in (self.next_ask, self.next_fork):
+            if now < when:
+                pause = min(pause, when - now)
         awaited = [self.wake_read]
         if self.stop_by is None and self.is_full() and now >= self.next_ask:
             awaited.append(self.listener.fileno())
-        wait_readable(awaited, min([pause, *(when - now for when in (self.next_ask, self.next_fork) if now < when)]))
-        with suppress(BlockingIOError):
-            os.read(self.wake_read, 65536)
+        wait_readable(awaited, pause)
+        try:
+            os.read(self.wake_read, 256)
+        except BlockingIOError:
+            pass  # nobody rang
 
     def obey(self) -> None:
         """Do what the signals ask; SIGCHLD only ends the sleep."""
@@ -1348,7 +1353,7 @@ class Server:
 
     def keep_spare(self) -> None:
         """Fork a child if none waits in accept() and the cap allows one more."""
-        if not self.is_listening() or self.has_spare() or self.is_full() or time.monotonic() < self.next_fork:
+        if self.has_spare() or self.is_full() or not self.is_listening() or time.monotonic() < self.next_fork:
             return
         slot = self.activity.slot = self.free_slots.pop()
         self.activity.is_finishing = self.stop_by is not None
@@ -1435,7 +1440,7 @@ class Server:
 
     def has_newcomers(self) -> bool:
         """Return whether a connection waits in the kernel's queue."""
-        return bool(wait_readable([self.listener.fileno()], 0))
+        return wait_readable([self.listener.fileno()], 0)
 
     def make_room(self, now: float) -> None:
         """Ask the connection that has been idle longest to give way, else the busy one of the oldest request."""
@@ -1603,20 +1608,21 @@ class Server:
 
     def serve_connections(self) -> None:
         """Accept connections and serve them one by one, as many as this process may."""
+        left = self.options.connections_per_child  # 0 never comes to 0 again
         while accepted := self.accept():
             sock, address = accepted
+            left -= 1
             self.activity.connect(sock, str(address[0]) if isinstance(address, tuple) else "unix")
             try:
                 if not self.has_spare():
                     os.write(self.wake_write, b"\0")
             except OSError:
                 pass  # the pipe is full of reasons to wake up, or nobody is left to read them
-            is_last = self.activity.connections == self.options.connections_per_child  # which may be 0: never
-            if is_last:  # close what is needed no more, before an application can hand it on
+            if left == 0:  # close what is needed no more, before an application can hand it on
                 self.listener.close()
                 os.close(self.wake_write)
             self.serve(sock, address, self.activity)
-            if is_last:
+            if left == 0:
                 return
             self.times[self.activity.slot] = ACCEPTING
 
@@ -1670,12 +1676,12 @@ def describe_end(status: int) -> str:
     return "died of " + ("signal %d" % number if number not in set(signal.Signals) else signal.Signals(number).name)
 
 
-def wait_readable(fds: list[int], seconds: float) -> list[int]:
-    """Return those of the descriptors that have something to read, as soon as one has, or after so many seconds."""
+def wait_readable(fds: list[int], seconds: float) -> bool:
+    """Wait until one of the descriptors has something to read, so many seconds at most; return whether one has."""
     poller = select.poll()  # not select(2): that ends at descriptor 1023
     for fd in fds:
         poller.register(fd, select.POLLIN)
-    return [fd for fd, _ in poller.poll(seconds * 1000)]
+    return bool(poller.poll(seconds * 1000))
 
 
 def start_again(**environ: str) -> NoReturn:
