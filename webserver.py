@@ -449,9 +449,9 @@ def parse_head(head: bytes) -> Request:
     length = parse_framing(version, fields)
     if "content-length" in fields:
         fields["content-length"] = str(length)  # repeats of it become one
-    options = parse_list(fields.get("connection", ""))
+    options = parse_list(fields["connection"]) if "connection" in fields else ()
     is_persistent = "close" not in options and (version != "HTTP/1.0" or "keep-alive" in options)
-    expects_continue = parse_expect(version, fields)
+    expects_continue = "expect" in fields and parse_expect(version, fields["expect"])
     return Request(method, target, path, query, version, fields, length, is_persistent, expects_continue)
 
 
@@ -485,9 +485,11 @@ def parse_target(method: bytes, target: bytes) -> tuple[str | None, str, str]:
         check_host(authority, "an invalid authority in the request-target")
         authority = authority.decode()
     path = path or (b"" if method == b"OPTIONS" else b"/")  # RFC 9112 §3.2.4
-    if BROKEN_ESCAPE.search(path):
-        raise HTTPError(400, "a broken percent-escape in the path")
-    return authority, unquote_to_bytes(path).decode("latin-1"), (query or b"").decode()
+    if b"%" in path:
+        if BROKEN_ESCAPE.search(path):
+            raise HTTPError(400, "a broken percent-escape in the path")
+        path = unquote_to_bytes(path)
+    return authority, path.decode("latin-1"), (query or b"").decode()
 
 
 def parse_fields(lines: list[bytes]) -> dict[str, str]:
@@ -568,10 +570,10 @@ def parse_content_length(value: str) -> int:
     return int(digits)
 
 
-def parse_expect(version: str, fields: dict[str, str]) -> bool:
+def parse_expect(version: str, value: str) -> bool:
     """Return whether the client waits for a 100 (Continue); HTTP/1.0 knows none (RFC 9110 §10.1.1)."""
-    expectations = parse_list(fields.get("expect", ""))
-    if any(expectation != "100-continue" for expectation in expectations):
+    expectations = set(parse_list(value))
+    if expectations - {"100-continue"}:
         raise HTTPError(417, "an expectation other than 100-continue")
     return bool(expectations) and version != "HTTP/1.0"
 
@@ -1855,8 +1857,7 @@ def prepare_to_fork() -> None:
     if threading and threading.active_count() > 1:
         names = ", ".join(thread.name for thread in threading.enumerate()[1:])
         log_error("the application has started threads, which no child will have (%s)" % names)
-    with suppress(OSError):  # short of descriptors: then without
-        warm_up()
+    warm_up()
     flush_output()  # else each child would flush a copy
     gc.collect()
     if hasattr(gc, "freeze"):
@@ -1869,11 +1870,18 @@ def warm_up() -> None:
     What the interpreter learns from them, specialised bytecode and filled caches, every child inherits, and need not
     learn on pages of its own: 7 % more connections in a second.
     """
-    client, sock = socket.socketpair()
-    with client:
-        client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nUser-Agent: webserver.py\r\nAccept: */*\r\n\r\n" * 20)
-        client.shutdown(socket.SHUT_WR)
-        serve_connection(show_environ, Options(access_log="off"), sock, "", Activity(*make_scoreboard(1), 0))
+    options = Options(access_log="off", max_connections=1, connections_per_child=20, no_fork=True)
+    with socket.socket(socket.AF_UNIX) as listener, suppress(OSError):  # no abstract sockets, or short of descriptors
+        listener.bind("")
+        listener.listen(options.connections_per_child)
+        clients = [socket.socket(socket.AF_UNIX) for _ in range(options.connections_per_child)]
+        for client in clients:
+            client.connect(listener.getsockname())
+            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\nConnection: close\r\n\r\n")
+        server = Server(listener, options)
+        server.serve = partial(serve_connection, show_environ, options)
+        server.serve_connections()
+        os.close(server.wake_read)
 
 
 def parse_command_line(words: list[str]) -> tuple[str, Options]:
