@@ -311,7 +311,7 @@ def connected(application: Any = echo, **options: Any) -> Iterator[socket.socket
     client, server = socket.socketpair()
     client.settimeout(PATIENCE)
     settings = webserver.Options(**{"access_log": "off", **options})
-    activity = webserver.Activity(*webserver.make_scoreboard(1), 0)
+    activity = webserver.Activity(*webserver.make_scoreboard(1)[1:], 0)
     arguments = (application, settings, server, ("192.0.2.7", 4711), activity)
     thread = threading.Thread(target=webserver.serve_connection, args=arguments, daemon=True)
     thread.start()
@@ -395,7 +395,7 @@ def raise_hang(signum: int, frame: Any) -> None:
     raise TimeoutError("the server hangs")
 
 
-ACTIVITY = webserver.Activity(*webserver.make_scoreboard(1), 0)
+ACTIVITY = webserver.Activity(*webserver.make_scoreboard(1)[1:], 0)
 
 
 READ_ALL = operator.methodcaller("read")
