@@ -236,13 +236,13 @@ class Stream:
     TimeoutError when nothing comes within the time that set_patience gave.
     """
 
-    __slots__ = ("activity", "patience", "pending", "sock")
+    __slots__ = ("activity", "patience", "pending", "sock", "timeout")
 
-    def __init__(self, sock: socket.SocketType, activity: Activity, send_timeout: float) -> None:
-        self.sock, self.activity = sock, activity
+    def __init__(self, sock: socket.SocketType, activity: Activity, timeout: float) -> None:
+        self.sock, self.activity, self.timeout = sock, activity, timeout
         self.pending = b""  # received, not consumed
         self.patience = 0.0  # seconds, as last set
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, make_timeval(send_timeout))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, make_timeval(timeout))
 
     def set_patience(self, seconds: float) -> None:
         """Let a receive wait so long at most."""
@@ -307,7 +307,6 @@ class Stream:
             sent = self.sock.sendmsg(parts)
         except OSError as error:
             raise ClientGoneError from error
-        self.activity.renew()
         if sent < sum(map(len, parts)):
             self.send(b"".join(parts)[sent:])
 
@@ -373,11 +372,10 @@ class Request(NamedTuple):
 NO_REQUEST = Request()
 
 
-def read_head(stream: Stream, patience: float, seconds: float) -> bytes:
+def read_head(stream: Stream, patience: float) -> bytes:
     """Return the bytes of the next head with its empty line, b"" if the client sends none within its patience.
 
-    The common case is one recv. Only a head that arrives in pieces pays for a look at the clock: it must be whole so
-    many seconds after its first bytes.
+    The common case is one recv. Only a head that arrives in pieces pays for a look at the clock.
     """
     stream.set_patience(patience)
     if stream.activity.is_finishing:  # already; a signal from here on shortens the wait itself
@@ -391,7 +389,7 @@ def read_head(stream: Stream, patience: float, seconds: float) -> bytes:
         data = b""
     end = data.find(b"\r\n\r\n") + 4
     if data and end < 4:
-        data = read_rest_of_head(stream, data, time.monotonic() + seconds)
+        data = read_rest_of_head(stream, data, time.monotonic() + min(HEAD_TIMEOUT, stream.timeout))
         end = data.find(b"\r\n\r\n") + 4
     stream.pending = data[end:]
     return data[:end]
@@ -710,20 +708,12 @@ def make_connection_environ(sock: socket.SocketType, address: Any, is_multiproce
     client, client_port = address[:2] if isinstance(address, tuple) else ("", "")
     return {
         "webserver.request": 0,  # its number on the connection
-        "SCRIPT_NAME": "",
         "SERVER_NAME": strip_mapping(server),
         "SERVER_PORT": str(port),
-        "SERVER_SOFTWARE": PRODUCT,
         "REMOTE_ADDR": strip_mapping(client),
         "REMOTE_PORT": str(client_port),
-        "wsgi.version": (1, 0),
-        "wsgi.url_scheme": "http",
         "wsgi.errors": sys.stderr,
-        "wsgi.multithread": False,
         "wsgi.multiprocess": is_multiprocess,
-        "wsgi.run_once": False,
-        "wsgi.input_terminated": True,
-        "wsgi.file_wrapper": FileWrapper,
     }
 
 
@@ -733,17 +723,28 @@ def strip_mapping(address: str) -> str:
 
 
 def make_request_environ(request: Request) -> Environ:
-    """Return what the head tells: the CGI variables, and every field as HTTP_*."""
+    """Return what the head tells, the CGI variables and every field as HTTP_*, and what is always the same."""
     environ = {"HTTP_" + name.upper().replace("-", "_"): value for name, value in request.fields.items()}
     environ.pop("HTTP_TRANSFER_ENCODING", None)  # undone here; Bottle would undo it once more
     for name in ("CONTENT_TYPE", "CONTENT_LENGTH"):
         if "HTTP_" + name in environ:
             environ[name] = environ.pop("HTTP_" + name)
-    environ.update(
-        REQUEST_METHOD=request.method, REQUEST_URI=request.target, PATH_INFO=request.path,
-        QUERY_STRING=request.query, SERVER_PROTOCOL=request.version,
-    )  # fmt: skip
-    return environ
+    return {
+        **environ,
+        "REQUEST_METHOD": request.method,
+        "REQUEST_URI": request.target,
+        "SCRIPT_NAME": "",
+        "PATH_INFO": request.path,
+        "QUERY_STRING": request.query,
+        "SERVER_PROTOCOL": request.version,
+        "SERVER_SOFTWARE": PRODUCT,
+        "wsgi.version": (1, 0),
+        "wsgi.url_scheme": "http",
+        "wsgi.multithread": False,
+        "wsgi.run_once": False,
+        "wsgi.input_terminated": True,
+        "wsgi.file_wrapper": FileWrapper,
+    }
 
 
 def add_input(environ: Environ, body: Body | None) -> None:
@@ -772,12 +773,13 @@ def run_application(application: Application, environ: Environ, response: Respon
     try:
         if isinstance(blocks, (list, tuple)):
             response.send(b"".join(blocks), is_last=True)  # all there is: its length can be told
-        elif not (isinstance(blocks, FileWrapper) and response.send_file(blocks)):
+            return
+        if not (isinstance(blocks, FileWrapper) and response.send_file(blocks)):
             for block in blocks:  # each at once (PEP 3333, "Buffering and Streaming")
                 response.write(block)
                 if response.is_full:
                     break
-        response.finish()
+        response.send(b"", is_last=True)
     finally:
         if hasattr(blocks, "close"):
             blocks.close()
@@ -847,24 +849,31 @@ class Response:
             self.stream.activity.renew()  # to have sent it is progress
 
     def send(self, block: bytes, is_last: bool = False) -> None:
-        """Send a block of the body, with the head before the first, which may be empty only if it is the last, too."""
+        """Send a block of the body, with the head before the first, and with what ends the body behind the last."""
         if not isinstance(block, bytes):
             raise TypeError("a block of the body is not bytes: %.100r" % (block,))
-        if self.is_full or not block and (self.is_head_sent or not is_last):
-            return
-        head, end = b"" if self.is_head_sent else self.make_head(len(block) if is_last else None), b""
-        if not self.has_body:
+        head = end = b""
+        if not self.is_head_sent:
+            if not (block or is_last):
+                return
+            head = self.make_head(len(block) if is_last else None)
+        if not self.has_body or self.is_full:
             self.is_full, block = True, b""
         elif self.length is not None and self.sent + len(block) > self.length:
             log_error("the body is longer than its Content-Length of %d: cut there" % self.length)
             self.is_full, block = True, block[: self.length - self.sent]
         if self.is_chunked:
-            head, end = head + b"%x\r\n" % len(block), b"\r\n"
-        if len(block) <= JOIN_SIZE:
-            self.stream.send(head + block + end)
-        else:
+            head, end = (head + b"%x\r\n" % len(block), b"\r\n") if block else (head, b"")
+            end += b"0\r\n\r\n" if is_last else b""
+        if len(block) > JOIN_SIZE:
             self.stream.send_parts(head, block, end)
+        elif head or block or end:
+            self.stream.send(head + block + end)
         self.sent += len(block)
+        if is_last:
+            self.is_complete = True
+            if self.has_body and self.length is not None and self.sent < self.length:
+                raise ValueError("the body has %d bytes, its Content-Length is %d" % (self.sent, self.length))
 
     def send_file(self, wrapper: FileWrapper) -> bool:
         """Send a regular file in large blocks; return whether it could be sent so."""
@@ -877,56 +886,47 @@ class Response:
             self.sent = self.stream.send_file(fd, offset, min(size, self.length or 0))
         return True
 
-    def finish(self) -> None:
-        """Send what ends the body by its framing, and see that nothing is missing."""
-        if not self.is_head_sent:
-            self.send(b"", is_last=True)
-        if self.is_chunked:
-            self.stream.send(b"0\r\n\r\n")
-        self.is_complete = True
-        if self.has_body and self.length is not None and self.sent < self.length:
-            raise ValueError("the body has %d bytes, its Content-Length is %d" % (self.sent, self.length))
-
     def make_head(self, size: int | None) -> bytes:
-        """Return the head, decide the framing of a body of this size, if known, and take the head for sent.
-
-        (RFC 9112 §6.3)
-        """
-        head, body, connection = self.head, self.body, ""
-        if head is None:
+        """Return the head for a body of this size, if known, and take it for sent."""
+        if self.head is None:
             raise AssertionError("the application did not call start_response")
-        is_old = self.request.version == "HTTP/1.0"
-        self.has_body = self.request.method != "HEAD" and head.status not in (204, 304)  # RFC 9110 §6.4.1
-        self.length = head.length
-        if self.length is None and (size or self.has_body):
-            self.length = size
-        self.is_chunked = self.length is None and self.has_body and not is_old
-        if head.is_closing or self.stream.activity.is_finishing or (is_old and self.has_body and self.length is None):
-            self.is_closing = True
-        if body:
-            if body.failure:
-                raise body.failure
-            if body.awaits_continue:  # it may come now or never
-                self.is_closing, body.awaits_continue = True, False
-        if self.is_closing:
-            connection = "close"
-        elif is_old:
-            connection = "keep-alive"
+        if self.body:
+            if self.body.failure:
+                raise self.body.failure
+            if self.body.awaits_continue:  # it may come now or never
+                self.is_closing, self.body.awaits_continue = True, False
+        is_closing = self.is_closing or self.stream.activity.is_finishing
+        method, version, second = self.request.method, self.request.version, int(time.time())
+        framing = frame_response(self.head, method, version, size, is_closing, second)
+        head, self.has_body, self.length, self.is_chunked, self.is_closing = framing
         self.is_head_sent = True
-        return format_head(head, self.length, self.is_chunked, connection, int(time.time()))
+        return head
 
 
 @lru_cache(maxsize=64)
-def format_head(head: ResponseHead, length: int | None, is_chunked: bool, connection: str, second: int) -> bytes:
-    """Return the bytes of a head: one look-up for a response that repeats within a second."""
-    lines = head.lines
+def frame_response(
+    head: ResponseHead, method: str, version: str, size: int | None, is_closing: bool, second: int
+) -> tuple[bytes, bool, int | None, bool, bool]:
+    """Return the bytes of a head, and whether a body follows, its length if known, if it is chunked, if the end closes.
+
+    The size is that of the body, if it is known from elsewhere than its Content-Length. A response that repeats within
+    a second takes one look-up (RFC 9112 §6.3).
+    """
+    lines, length, is_old = head.lines, head.length, version == "HTTP/1.0"
+    has_body = method != "HEAD" and head.status not in (204, 304)  # RFC 9110 §6.4.1
+    if length is None and (size or has_body):
+        length = size
+    is_chunked = length is None and has_body and not is_old
+    is_closing = is_closing or head.is_closing or (is_old and has_body and length is None)
     if is_chunked:
         lines += b"Transfer-Encoding: chunked\r\n"
     elif length is not None and head.status != 204:  # RFC 9110 §8.6
         lines += b"Content-Length: %d\r\n" % length
-    if connection:
-        lines += b"Connection: %b\r\n" % connection.encode()
-    return lines + (b"\r\n" if head.has_date else make_date_line(second) + b"\r\n")
+    if is_closing or is_old:
+        lines += b"Connection: close\r\n" if is_closing else b"Connection: keep-alive\r\n"
+    if not head.has_date:
+        lines += make_date_line(second)
+    return lines + b"\r\n", has_body, length, is_chunked, is_closing
 
 
 @lru_cache(maxsize=64)
@@ -1044,7 +1044,7 @@ def serve_request(
     """Serve the next request, if it comes within the patience; return whether another may follow (RFC 9112 §9.3)."""
     response, head, detail, began = Response(stream), b"", "", 0.0
     try:
-        head = read_head(stream, patience, min(HEAD_TIMEOUT, options.timeout))
+        head = read_head(stream, patience)
         if not head:
             return False
         began = stream.activity.work(head)
@@ -1105,7 +1105,6 @@ def send_error(response: Response, head: bytes, status: str, detail: str) -> Non
     response.is_closing = True
     response.head = parse_response_head(status, (("Content-Type", "text/plain; charset=utf-8"),))
     response.send(("%s: %s\n" % (status, detail)).encode(), is_last=True)
-    response.finish()
 
 
 def log_access(style: str, response: Response, connection: Environ, head: bytes, began: float, detail: str) -> None:
