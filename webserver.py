@@ -812,6 +812,9 @@ def make_start_response(response: Response) -> StartResponse:
     return start_response
 
 
+UNBOUNDED = float("inf")  # the length of a body that nothing tells beforehand
+
+
 class ResponseHead(NamedTuple):
     """Status and headers of an application, checked, as lines but for what the server decides."""
 
@@ -826,8 +829,8 @@ class Response:
     """Owns the response to one request: its head until the first block, and how much of its body was sent."""
 
     __slots__ = (
-        "body", "has_body", "head", "is_chunked", "is_closing", "is_complete", "is_full", "is_head_sent", "length",
-        "request", "sent", "stream",
+        "body", "head", "is_chunked", "is_closing", "is_complete", "is_full", "is_head_sent", "left", "request", "sent",
+        "stream",
     )  # fmt: skip
 
     def __init__(self, stream: Stream) -> None:
@@ -835,12 +838,11 @@ class Response:
         self.request = NO_REQUEST
         self.body: Body | None = None
         self.head: ResponseHead | None = None  # what start_response was told
-        self.length: int | None = None  # of the body, if known
+        self.is_head_sent = False
         self.sent = 0  # bytes of the body
-        self.has_body = True  # by method and status
+        self.left = UNBOUNDED  # how many may follow
         self.is_chunked = False
         self.is_closing = False  # the connection ends with this response
-        self.is_head_sent = False
         self.is_full = False  # further blocks are dropped
         self.is_complete = False
 
@@ -861,11 +863,8 @@ class Response:
             if not (block or is_last):
                 return
             head = self.make_head(len(block) if is_last else None)
-        if not self.has_body or self.is_full:
-            self.is_full, block = True, b""
-        elif self.length is not None and self.sent + len(block) > self.length:
-            log_error("the body is longer than its Content-Length of %d: cut there" % self.length)
-            self.is_full, block = True, block[: self.length - self.sent]
+        if len(block) > self.left:
+            block = self.cut(block)
         if self.is_chunked:
             head, end = (head + b"%x\r\n" % len(block), b"\r\n") if block else (head, b"")
             end += b"0\r\n\r\n" if is_last else b""
@@ -874,10 +873,18 @@ class Response:
         elif head or block or end:
             self.stream.send(head + block + end)
         self.sent += len(block)
+        self.left -= len(block)
         if is_last:
             self.is_complete = True
-            if self.has_body and self.length is not None and self.sent < self.length:
-                raise ValueError("the body has %d bytes, its Content-Length is %d" % (self.sent, self.length))
+            if 0 < self.left < UNBOUNDED:
+                raise ValueError("the body has %d bytes, %d less than its Content-Length" % (self.sent, self.left))
+
+    def cut(self, block: bytes) -> bytes:
+        """Return what of a block the Content-Length leaves room for: nothing where there is to be no body."""
+        if not self.is_full:
+            log_error("the body is longer than its Content-Length of %d: cut there" % (self.sent + self.left))
+        self.is_full = True
+        return block[: int(self.left)]
 
     def send_file(self, wrapper: FileWrapper) -> bool:
         """Send a regular file in large blocks; return whether it could be sent so."""
@@ -886,8 +893,8 @@ class Response:
             return False
         fd, offset, size = found
         self.stream.send(self.make_head(size))
-        if self.has_body:
-            self.sent = self.stream.send_file(fd, offset, min(size, self.length or 0))
+        self.sent = self.stream.send_file(fd, offset, int(min(size, self.left)))
+        self.left -= self.sent
         return True
 
     def make_head(self, size: int | None) -> bytes:
@@ -902,7 +909,7 @@ class Response:
         is_closing = self.is_closing or self.stream.activity.is_finishing
         method, version, second = self.request.method, self.request.version, int(time.time())
         framing = frame_response(self.head, method, version, size, is_closing, second)
-        head, self.has_body, self.length, self.is_chunked, self.is_closing = framing
+        head, self.left, self.is_full, self.is_chunked, self.is_closing = framing
         self.is_head_sent = True
         return head
 
@@ -910,8 +917,8 @@ class Response:
 @lru_cache(maxsize=64)
 def frame_response(
     head: ResponseHead, method: str, version: str, size: int | None, is_closing: bool, second: int
-) -> tuple[bytes, bool, int | None, bool, bool]:
-    """Return the bytes of a head, and whether a body follows, its length if known, if it is chunked, if the end closes.
+) -> tuple[bytes, float, bool, bool, bool]:
+    """Return the bytes of a head, how many of a body may follow, if none may, if it is chunked, if the end closes.
 
     The size is that of the body, if it is known from elsewhere than its Content-Length. A response that repeats within
     a second takes one look-up (RFC 9112 §6.3).
@@ -930,7 +937,8 @@ def frame_response(
         lines += b"Connection: close\r\n" if is_closing else b"Connection: keep-alive\r\n"
     if not head.has_date:
         lines += make_date_line(second)
-    return lines + b"\r\n", has_body, length, is_chunked, is_closing
+    left = 0 if not has_body else UNBOUNDED if length is None else length
+    return lines + b"\r\n", left, not has_body, is_chunked, is_closing
 
 
 @lru_cache(maxsize=64)
@@ -1096,7 +1104,7 @@ def recover(response: Response, head: bytes, error: BaseException) -> str:
     with suppress(ClientGoneError):  # the log line says what it would have been told
         if not response.is_head_sent:
             send_error(response, head, "%d %s" % (status, REASONS[status]), detail)
-        elif response.has_body and not (response.is_complete or response.is_chunked) and response.length is None:
+        elif response.left == UNBOUNDED and not (response.is_complete or response.is_chunked):
             response.stream.reset()  # only the close would tell that the body is complete
     return str(detail)
 
