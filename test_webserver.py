@@ -4110,3 +4110,14 @@ def test_importing_has_no_effect(tmp_path: Any) -> None:
     argv = (sys.executable, "-c", textwrap.dedent(code))
     ended = run_command(tmp_path, argv=argv, PYTHONPATH=os.path.dirname(WEBSERVER))
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+def test_the_tours_of_the_readme_name_what_there_is() -> None:
+    with open(os.path.join(os.path.dirname(WEBSERVER), "README.md")) as file:
+        tours = file.read().partition("## Read it")[2].partition("## How fast")[0]
+    owners = [webserver, *(value for value in vars(webserver).values() if isinstance(value, type))]
+    named = set(re.findall(r"`([A-Z]\w+\.\w+|[a-z]+_\w+)`", tours)) - {"exc_info", "start_response"}
+    for name in named:
+        owner, _, attribute = name.rpartition(".")
+        assert any(hasattr(getattr(webserver, owner) if owner else any_owner, attribute) for any_owner in owners), name
+    assert len(named) > 25
