@@ -186,8 +186,12 @@ HOP_BY_HOP_FIELDS = frozenset((
 SPARE = b"\x7f" * 8  # what is in a slot while its process waits for a connection: bytes that no time has in it
 ACCEPTING = struct.unpack("d", SPARE)[0]  # the same as a time, beyond all others
 FREE = 0.0  # the time in a slot without a process
+WANTED = -1  # the last slot is nobody's: it is not FREE while newcomers wait for a child to be forked
 NOTE = struct.Struct("=II44s204s")  # connections and requests so far, the client, the first bytes of the head
 NOTE_SIZE = NOTE.size
+
+
+give_way = getattr(os, "sched_yield", lambda: None)  # sched_yield(2), which not every system has
 
 
 class Activity:
@@ -215,8 +219,10 @@ class Activity:
         self.wait()
 
     def wait(self) -> None:
-        """The connection waits for a request."""
+        """The connection waits for a request; when the processor is short, newcomers and the parent come first."""
         self.times[self.slot] = -time.monotonic()
+        if self.times[WANTED]:
+            give_way()
 
     def work(self, head: bytes) -> float:
         """A request is in hand; return the time."""
@@ -1369,6 +1375,7 @@ class Server:
     def keep_spare(self) -> None:
         """Fork a child if none waits in accept() and the cap allows one more."""
         if self.has_spare() or self.is_full() or not self.is_listening() or time.monotonic() < self.next_fork:
+            self.times[WANTED] = FREE
             return
         slot = self.activity.slot = self.free_slots.pop()
         self.activity.is_finishing = self.stop_by is not None
@@ -1623,6 +1630,7 @@ class Server:
 
     def serve_connections(self) -> None:
         """Accept connections and serve them one by one, as many as this process may."""
+        self.times[WANTED] = FREE
         left = self.options.connections_per_child  # 0 never comes to 0 again
         while accepted := self.accept():
             sock, address = accepted
@@ -1630,6 +1638,7 @@ class Server:
             self.activity.connect(sock, str(address[0]) if isinstance(address, tuple) else "unix")
             try:
                 if not self.has_spare():
+                    self.times[WANTED] = 1.0
                     os.write(self.wake_write, b"\0")
             except OSError:
                 pass  # the pipe is full of reasons to wake up, or nobody is left to read them
@@ -1754,6 +1763,7 @@ def notify_reloading() -> None:
 
 def make_scoreboard(slots: int) -> tuple[mmap.mmap, memoryview[float], memoryview]:
     """Return memory that stays shared over fork (mmap(2), MAP_SHARED), and in it the times and notes of the slots."""
+    slots += 1  # WANTED
     board = mmap.mmap(-1, slots * (8 + NOTE_SIZE))
     return board, memoryview(board)[: slots * 8].cast("d"), memoryview(board)[slots * 8 :]
 
