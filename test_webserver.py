@@ -2506,6 +2506,25 @@ def test_logs_a_refusal_with_its_reason_and_the_bytes_escaped() -> None:
     assert serve(b"\0" + NEXT, access_log="off").access == []
 
 
+def test_logs_requests_only_not_the_reset_of_an_idle_connection(tmp_path: Any) -> None:
+    with Running(tmp_path, app=RUNS_QUERY) as server:
+        with server.send() as client:
+            read_answer(client)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        server.wait_spare()
+        assert server.output().count(" - - [") == 1
+
+
+def test_logs_how_much_of_a_file_the_client_has_taken(tmp_path: Any) -> None:
+    write_file(tmp_path / "file", "x" * (1 << 23))
+    with Running(tmp_path, app=RUNS_QUERY) as server:
+        with server.send("answer = environ['wsgi.file_wrapper'](open('file', 'rb'))") as client:
+            for _ in range(30):
+                client.recv(65536)
+        server.wait_spare()
+        assert 1 << 18 <= int(find(r'" 200 (\d+)', server.output())) < 1 << 23
+
+
 @pytest.mark.parametrize("style", ["combined", "json"])
 @pytest.mark.parametrize("octet", [b"a", b"\xff"])
 def test_logs_the_reason_also_of_a_refusal_that_is_too_long(octet: bytes, style: str, monkeypatch: Any) -> None:
@@ -2716,6 +2735,7 @@ HANGS = {  # all of these at once, with --timeout 1
             "ctypes.PyDLL(None).pthread_mutex_init(mutex, None), lock(mutex), lock(mutex)",
     "quick": "answer = 'quick'",
     "upload": "answer = len(environ['wsgi.input'].read())",
+    "late": "time.sleep(0.95); answer = environ['wsgi.input'].read()",
     "empty": "def hang_empty():\n  while True: yield time.sleep(0.1) or b''\nanswer = hang_empty()",
     "download": "answer = environ['wsgi.file_wrapper'](open('download', 'rb'))",
 }  # fmt: skip
@@ -2742,7 +2762,7 @@ def overdue(tmp_path_factory: Any) -> Iterator[Any]:
 
     def ask(name: str) -> None:
         began = time.monotonic()
-        fields = [CLOSE] + [b"Content-Length: 60"] * (name == "upload")
+        fields = [CLOSE] + [b"Content-Length: 60"] * (name in ("upload", "late"))
         with server.send(HANGS[name], *fields, path="/" + name, method=b"POST") as client:
             for _ in range(6 if name == "upload" else 0):
                 client.sendall(b"x" * 10)
@@ -2784,6 +2804,11 @@ def test_a_stream_that_stalls_is_cut_so_that_the_client_can_tell(overdue: Any) -
 def test_what_is_slow_but_steady_lives(overdue: Any, name: str, body: bytes) -> None:
     (answer,) = parse_answers(overdue[1](name)[0])
     assert (answer.status, answer.body) == (200, body)
+
+
+def test_a_body_that_stays_away_is_the_fault_of_the_client_whenever_it_is_read(overdue: Any) -> None:
+    """The deadline of the application starts anew where the wait for the client does: 408, not 504."""
+    assert parse_answers(overdue[1]("late")[0])[0].status == 408
 
 
 def test_a_steady_download_of_a_file_lives(overdue: Any) -> None:
@@ -3460,12 +3485,23 @@ SYSTEM = [  # what an application may do with processes, threads and signals; th
      "s.setitimer(s.ITIMER_REAL, 0.05)\ntry: time.sleep(9)\nexcept ZeroDivisionError: answer = True"),
     ("fork-exit", "import sys\nif os.fork() == 0: sys.exit(0)\nanswer = os.wait()[1] == 0"),
     ("fork-exit-7", "import sys\nif os.fork() == 0: sys.exit(7)\nanswer = os.wait()[1] >> 8 == 7"),
+    ("fork-exit-none", "import sys\nif os.fork() == 0: sys.exit()\nanswer = os.wait()[1] == 0"),
+    ("fork-return", "answer = os.fork() and os.wait()[1] == 0"),  # only one of the two may answer
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, code", SYSTEM, ids=[row[0] for row in SYSTEM])
 def test_processes_threads_and_signals_work_in_applications(shared: Running, name: str, code: str) -> None:
     assert shared.run(code, "/" + name) == "True"
+
+
+def test_a_default_timeout_of_the_application_is_not_ours(tmp_path: Any) -> None:
+    app = "import socket\nsocket.setdefaulttimeout(0.05)\n" + textwrap.dedent(RUNS_QUERY)
+    with Running(tmp_path, app=app) as server, server.connect() as client:
+        client.sendall(GET[:9])
+        time.sleep(0.2)
+        client.sendall(GET[9:])
+        assert read_answer(client).status == 200
 
 
 @on_linux
@@ -3771,6 +3807,13 @@ def test_warns_of_threads_that_no_child_will_have(tmp_path: Any, starts: bool) -
     code = "\n    import threading\n    threading.Thread(target=time.sleep, args=(600,), name='ticker', daemon=True)"
     with Running(tmp_path, app=RUNS_QUERY + code + ".start()\n" * starts) as server:
         assert (re.search("thread.*ticker", server.errors()) is not None) == starts
+
+
+def test_the_request_line_is_known_also_behind_an_empty_line(tmp_path: Any) -> None:
+    with Running(tmp_path, app=RUNS_QUERY) as server, server.connect() as client:
+        client.sendall(b"\r\n" + get(target=make_target("os.abort()", "/crash").encode()))
+        assert receive_all(client) == b""
+        assert "GET /crash" in server.wait_for_log("SIGABRT")
 
 
 # A short soak
