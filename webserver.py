@@ -25,7 +25,7 @@ Sources, cited where a rule is enforced: RFC 9110 (HTTP semantics), RFC 9112 (HT
 """
 
 # ---- 1. Imports -------------------------------------------------------------
-# Only what every process needs: what is imported here is copied by every fork. The rest is imported where it is used.
+# Nothing heavy: what is imported here is copied by every fork. What few processes need is imported where it is used.
 from __future__ import annotations
 
 import argparse
@@ -74,7 +74,7 @@ MAX_CHUNK_EXTENSIONS = 16384  # 400; of all chunks together: else 1 byte of data
 MAX_COLLECTED = 1 << 20  # a chunked body up to this size gets a CONTENT_LENGTH, a larger one is streamed
 MAX_DRAINED = 65536  # what a server reads of a body that the application left unread, to keep the connection
 
-HEAD_TIMEOUT = 10.0  # 408; from a head's first byte to its last: a drip of a byte a second must not hold a process
+HEAD_TIMEOUT = 10.0  # 408; from a head's first byte to its last, or to the first byte of a connection: that is silent
 LINGER_TIMEOUT = 30.0  # to read and drop what a refused client still sends, as nginx's lingering_time
 LINGER_SILENCE = 2.0  # and how long it may send nothing meanwhile
 LAST_CALL = 0.05  # what an idle connection is given, when it must go, for a request that may be under way
@@ -82,7 +82,7 @@ KILL_AFTER = 5.0  # from the deadline of a request to the signal that nothing su
 TICK = 1.0  # how often parent and waiting children look around unasked: the price of a wake-up that was missed
 ALARM_SLACK = 0.25  # a client's silence ends at the deadline, an application's so much later: 408 and 504 never race
 CHECK_TIMEOUT = 30.0  # for new code to load before a reload
-MAX_LOGGED = (2000, 600, 60)  # of a text that the client sent, the longest that leaves the line of the log whole
+MAX_LOGGED = (2000, 600, 60)  # to which of these a client's text is cut: the first that leaves its log line whole
 QUIET = 60.0  # between two log lines about the same trouble
 
 RECEIVE_SIZE = 65536  # one recv
@@ -742,8 +742,8 @@ def add_input(environ: Environ, body: Body) -> None:
 
 
 # ---- 8. Response ------------------------------------------------------------
-# What the application gives -> bytes. The head goes out with the first block that is not empty, in one send; the
-# framing is decided then. PEP 3333; RFC 9110 §6.4 and §8.6, RFC 9112 §6 and §7.
+# What the application gives -> bytes. The head goes out with the first block that is not empty, in one send (but for
+# a file's); the framing is decided then. PEP 3333; RFC 9110 §6.4 and §8.6, RFC 9112 §6 and §7.
 
 
 def run_application(application: Application, environ: Environ, response: Response) -> None:
@@ -1048,8 +1048,9 @@ def serve_request(
     body = response.body
     if not (detail or response.is_closing) and (body is None or body.drain()):
         return True
+    # Only a client that wanted the close itself and whose bytes were all read needs no time for what it may still send.
     if detail or stream.pending or response.request.is_persistent or (body and (body.is_chunked or body.remaining)):
-        stream.linger()  # else it was the client that wanted the close, and all that it sent was read
+        stream.linger()
     return False
 
 
@@ -1192,7 +1193,7 @@ class Server:
         self.child_pid = self.pid if options.no_fork else 0  # in a child, its own
         self.board, self.times, self.notes = make_scoreboard(options.max_connections + 1)
         self.free_slots = list(range(options.max_connections))[::-1]  # low ones first, where `has_spare` finds them
-        self.elder_slot = options.max_connections  # of all children that the program before a reload has left us
+        self.elder_slot = options.max_connections  # of all that were left by a reload, and of the process of --no-fork
         self.elders_by = time.monotonic() + options.graceful_timeout  # when those must have finished
         self.children = dict.fromkeys(map(int, os.environ.pop("WEBSERVER_CHILDREN", "").split()), self.elder_slot)
         self.asked = set(self.children)  # children that were asked to finish
@@ -1208,7 +1209,8 @@ class Server:
         self.checker = 0  # the pid of the process that tries new code, 0 if there is none
         self.check_by = 0.0  # when it must have finished
         self.wants_check = False  # something has changed meanwhile
-        self.socket_file = identify_file(options.bind[5:]) if options.bind.startswith("unix:") else None
+        self.socket_path = os.path.abspath(options.bind[5:]) if options.bind.startswith("unix:") else ""
+        self.socket_file = identify_file(self.socket_path)
         self.sources: dict[str, int] = {}  # the source files and when they were changed, under --reload
         self.totals = {"connections": 0, "forks": 0, "reaped": 0, "timeouts": 0, "crashes": 0}
         self.last_said: dict[str, float] = {}
@@ -1441,7 +1443,7 @@ class Server:
     def look_after_spares(self) -> None:
         """Ask a quarter of the spare children beyond the one to leave: a burst is forgotten in some seconds.
 
-        Count no longer on those that wait like a newcomer, and did so a TICK ago: they are stuck, or were stopped.
+        One that has let a newcomer wait for two TICKs in a row is stuck, or was stopped: it counts as spare no more.
         """
         spare = {pid for pid, slot in self.children.items() if self.times[slot] == ACCEPTING and pid not in self.asked}
         for pid in list(spare)[: (len(spare) + 2) // 4]:
@@ -1479,7 +1481,7 @@ class Server:
     def kill_all(self, pids: list[int]) -> None:
         """End those that have had their time to finish."""
         if pids:
-            log_error("the graceful timeout is over: %d children are killed" % len(pids))
+            log_error("%d children have not finished: they are killed" % len(pids))
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
 
@@ -1522,9 +1524,9 @@ class Server:
         """Close the listening socket when its queue is empty, let the children finish, kill what is left at the end."""
         if self.is_listening() and (now >= stop_by - self.options.graceful_timeout / 2 or not self.has_newcomers()):
             self.listener.close()
-            if self.socket_file and identify_file(self.options.bind[5:]) == self.socket_file:
+            if self.socket_file and identify_file(self.socket_path) == self.socket_file:
                 with suppress(OSError):  # we may no more
-                    os.unlink(self.options.bind[5:])
+                    os.unlink(self.socket_path)
             for pid in self.children.keys() - self.asked:
                 self.ask(pid)
         if now >= stop_by:
@@ -1624,7 +1626,7 @@ class Server:
         nobody here needs: without them a child takes 40 % more connections in a second.
         """
         listener: Any = self.listener  # for its type knows no _accept
-        while self.pid in (os.getppid(), self.child_pid):  # else the parent was killed: free the port
+        while self.pid in (os.getppid(), self.child_pid):  # our parent lives, or this is it; else free the port
             try:
                 fd, address = listener._accept()
                 sock = socket.SocketType(self.family, socket.SOCK_STREAM, 0, fd)
@@ -1651,8 +1653,9 @@ class Server:
         self.listener.close()
         since = self.times[activity.slot]
         if activity.sock and since < FREE:
+            waited = time.monotonic() + since  # which is negative: it is idle
             with suppress(OSError):  # closed already
-                patience = make_timeval(max(LAST_CALL - (time.monotonic() + since), 0))
+                patience = make_timeval(max(LAST_CALL - waited, 0))
                 activity.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
 
 
