@@ -3054,6 +3054,14 @@ def test_the_graceful_timeout_kills_the_rest_and_says_so(tmp_path: Any) -> None:
         assert server.wait_for_log("1 children have not finished") and "GET /held" in server.wait_for_log("SIGKILL")
 
 
+def test_a_child_that_is_too_young_to_hear_sigterm_is_told_again(tmp_path: Any) -> None:
+    slow_birth = "import os, time\nos.register_at_fork(after_in_child=lambda: time.sleep(0.5))\n"
+    with Running(tmp_path, app=slow_birth + textwrap.dedent(RUNS_QUERY)) as server:
+        wait_until(server.children, "the child")
+        began = time.monotonic()
+        assert server.stop() == 0 and time.monotonic() - began < 2 + SLACK
+
+
 def test_control_c_stops_gracefully_without_a_traceback(tmp_path: Any) -> None:
     with Running(tmp_path, app=RUNS_QUERY, popen={"start_new_session": True}) as server:
         busy, idle = server.send(HELD), server.send()

@@ -1255,8 +1255,8 @@ class Server:
         else:
             self.signals.append(signum)
 
-    # CPython drops a signal that comes between fork(2) and the return of os.fork(). To a child of ours `ask_again` says
-    # it again; around a fork of the application signals wait, and the new process loses handlers it never asked for.
+    # CPython drops a signal that comes between fork(2) and the return of os.fork(). A child of ours hears it again at
+    # the next TICK. Around a fork of the application signals wait, and the new process loses what it never asked for.
 
     def block_signals(self) -> None:
         """Let signals wait; forks in several threads may be under way."""
@@ -1421,7 +1421,8 @@ class Server:
             self.next_tick = now + TICK
             self.enforce_deadlines(now)
             self.look_after_spares()
-            self.ask_again()
+            for pid in self.asked:  # again: a child may have been too young to hear it, or just about to wait
+                self.ask(pid)
         if self.options.reload and not self.checker and (sources := list_sources()) != self.sources:
             self.sources = sources
             self.reload()
@@ -1458,12 +1459,6 @@ class Server:
         """Ask a child to finish: to answer the request in hand and close, at once if it is idle."""
         self.asked.add(pid)
         os.kill(pid, signal.SIGTERM)  # until it is reaped, the pid cannot be anybody else's
-
-    def ask_again(self) -> None:
-        """Ask those who wait as if they had not heard: too young for a signal, or just about to begin to wait."""
-        for pid in self.asked:
-            if not FREE < self.times[self.children[pid]] < ACCEPTING:
-                self.ask(pid)
 
     def enforce_deadlines(self, now: float) -> None:
         """Interrupt requests that made no progress for too long; kill what takes no notice."""
