@@ -2674,6 +2674,15 @@ def parent(monkeypatch: Any) -> Iterator[tuple[Any, list[Any]]]:
     os.close(server.wake_write)
 
 
+def test_forks_none_beyond_the_cap_although_a_child_comes_back_meanwhile(parent: Any, monkeypatch: Any) -> None:
+    server, _ = parent
+    server.children = {1000 + slot: slot for slot in range(server.options.max_connections)}
+    server.free_slots = []
+    answers = iter([False])
+    monkeypatch.setattr(server, "has_spare", lambda: next(answers, True))
+    server.keep_spare()
+
+
 def test_backs_off_however_many_children_die(parent: Any) -> None:
     server, _ = parent
     for _ in range(2000):  # more than a float has powers of two

@@ -1334,13 +1334,18 @@ class Server:
         """Return whether a child waits in accept()."""
         return self.board.find(SPARE, 0, self.times.nbytes) >= 0  # much faster than to look at each
 
+    def has_room(self) -> bool:
+        """Return whether the cap allows one more child."""
+        return len(self.children) < self.options.max_connections
+
     def is_full(self) -> bool:
-        """Return whether the cap is reached, so that for who knocks now somebody would have to leave."""
-        return len(self.children) >= self.options.max_connections and not self.has_spare()
+        """Return whether for who knocks now somebody would have to leave."""
+        return not self.has_room() and not self.has_spare()
 
     def keep_spare(self) -> None:
         """Fork a child if none waits in accept() and the cap allows one more."""
-        if self.has_spare() or self.is_full() or not self.is_listening() or time.monotonic() < self.next_fork:
+        may_fork = self.has_room() and self.is_listening() and time.monotonic() >= self.next_fork
+        if self.has_spare() or not may_fork:  # asked once: a child may come back to accept() at any time
             self.times[WANTED] = FREE
             return
         slot = self.activity.slot = self.free_slots.pop()
