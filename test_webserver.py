@@ -2683,6 +2683,15 @@ def test_forks_none_beyond_the_cap_although_a_child_comes_back_meanwhile(parent:
     server.keep_spare()
 
 
+def test_a_process_of_the_application_writes_to_no_slot(parent: Any) -> None:
+    server, _ = parent
+    times, before = server.times, server.times.tolist()
+    server.block_signals()
+    server.disown()
+    server.activity.connect(None, "client")
+    assert times.tolist() == before and server.times.tolist() != before
+
+
 def test_backs_off_however_many_children_die(parent: Any) -> None:
     server, _ = parent
     for _ in range(2000):  # more than a float has powers of two

@@ -1274,7 +1274,8 @@ class Server:
         """Give up, in a process of the application, what is the server's: it must neither answer nor hold the port."""
         if not self.is_forking:
             signal.set_wakeup_fd(-1)
-            self.activity.slot = self.elder_slot  # where it does no harm
+            self.board, self.times, self.notes = make_scoreboard(1)  # of its own
+            self.activity.times, self.activity.notes, self.activity.slot = self.times, self.notes, 0
             self.listener.close()
             if self.activity.sock:
                 self.activity.sock.close()
