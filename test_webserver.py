@@ -3232,6 +3232,15 @@ def test_a_program_that_cannot_be_started_again_goes_on(tmp_path: Any) -> None:
             assert server.get().status == 200 and server.stop() == 0
 
 
+@pytest.mark.parametrize("code", ["pthread_sigmask(s.SIG_BLOCK, s.valid_signals())", "signal(s.SIGTERM, s.SIG_IGN)"])
+def test_an_application_does_not_make_the_server_deaf_at_a_reload(tmp_path: Any, code: str) -> None:
+    with Running(tmp_path, app=ANSWERS % "old") as server:
+        write_file(tmp_path / "app.py", "import signal as s\ns.%s\n" % code + textwrap.dedent(ANSWERS % "new"))
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: server.answers("new"), "the new code")
+        assert server.stop() == 0
+
+
 STARTS = {  # a process that an application starts and terminates
     "subprocess": "import subprocess\nprocess = subprocess.Popen(['sleep', '60'])\n"
                   "process.terminate()\nprocess.wait()\n",

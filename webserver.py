@@ -1200,6 +1200,7 @@ class Server:
         self.activity = Activity(self.times, self.notes, self.elder_slot)  # a child's; its slot is set before the fork
         self.wake_read, self.wake_write = os.pipe()
         self.signals: list[int] = []  # that came and were not obeyed yet
+        self.is_hearing = False  # signals are caught
         self.is_forking = False  # a child of ours is being born
         self.masks: list[Any] = []  # of the signals that were blocked before other forks under way
         self.suspects: set[int] = set()  # spare children that had not taken a newcomer at the last TICK
@@ -1234,14 +1235,20 @@ class Server:
     # was asked. So nothing happens between two lines of the parent that is not written there (signal(7)).
 
     def catch_signals(self) -> None:
-        """Have signals noted from now on; a reload has kept them blocked until here."""
+        """Have signals noted from now on; a reload has kept them blocked until here.
+
+        Once more when the application is loaded: it may have set handlers, or blocked signals, that are the server's.
+        """
         os.set_blocking(self.wake_read, False)
         os.set_blocking(self.wake_write, False)
         signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
         for signum in SIGNALS:
             if signum != signal.SIGINT or not self.options.no_fork:  # there it is for the debugger
                 signal.signal(signum, self.on_signal)
-        os.register_at_fork(before=self.block_signals, after_in_parent=self.unblock_signals, after_in_child=self.disown)
+        if not self.is_hearing:
+            self.is_hearing = True
+            hooks = {"after_in_parent": self.unblock_signals, "after_in_child": self.disown}
+            os.register_at_fork(before=self.block_signals, **hooks)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def on_signal(self, signum: int, frame: Any) -> None:
@@ -1819,8 +1826,7 @@ def start(load: Callable[[], Application], options: Options) -> None:
             time.sleep(TICK)
             server.replace()  # try again; it comes back only if the server is to stop
         raise
-    if not is_reload:
-        server.catch_signals()
+    server.catch_signals()
     prepare_to_fork()
     if os.geteuid() == 0:
         log_error("running as root: let --user NAME give that up once the address is bound")
