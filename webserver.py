@@ -1489,7 +1489,7 @@ class Server:
     def kill_all(self, pids: list[int]) -> None:
         """End those that have had their time to finish."""
         if pids:
-            log_error("%d children have not finished: they are killed" % len(pids))
+            log_error("children that have not finished and are killed: %d" % len(pids))
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
 
