@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A WSGI server in one file: every connection is served by a process of its own, forked one ahead.
+"""A WSGI server in one file: a request is served by a process of its own, a connection at rest costs a descriptor.
 
     python3 webserver.py                      a page that shows what an application sees, on 127.0.0.1:8000
     python3 webserver.py module:app           the application `app` of `module`; `module:factory()` calls a factory
@@ -8,24 +8,24 @@
 It needs CPython 3.8 or later on a POSIX system, and no package. It writes nothing to disk and runs as any user,
 also as PID 1 of a container. A request that crashes, hangs or exits takes down its own connection and no other.
 
-How to read it. The file has two halves that meet in one line of `start`, where one callable is handed over. The upper
-half (sections 2 to 9) knows HTTP and WSGI and never heard of fork; the lower half (section 10) knows processes and
-never heard of HTTP. Each unfolds in the order of a life, the headline function of a section first:
+How to read it. Part one knows HTTP and WSGI and never forks. Part two knows processes and no HTTP. They share one
+object, the Slot, in which a process writes what it does. Part three is what a server in production needs besides. In
+each section the headline comes first, then what it calls. Three lives run through the file:
 
-    bytes -> Stream -> Request -> environ -> application -> Response -> bytes       the life of a request
-    bind -> fork -> accept -> serve -> exit -> reap                                 the life of a process
+    bytes -> Stream -> Request -> environ -> application -> Response -> bytes        the life of a request
+    accept -> rest -> a whole head -> queue -> child: requests -> silence -> rest    the life of a connection
+    fork -> receive a connection -> serve -> exit -> reap                            the life of a child
 
-`grep '^# ----' webserver.py` prints the table of contents.
+`grep '^# ----' webserver.py` prints the table of contents. The last function, `main`, is the summary.
 
 What it refuses to be: HTTP/2, WebSocket, ASGI, a server of static files, a daemon, Windows (which has no fork). The
 first and the fourth are the work of a proxy in front.
 
 Sources, cited where a rule is enforced: RFC 9110 (HTTP semantics), RFC 9112 (HTTP/1.1), RFC 3986 (URI), PEP 3333
-(WSGI), and the man pages waitpid(2), signal(7), socket(7), tcp(7), sd_listen_fds(3) and sd_notify(3).
+(WSGI), and the man pages waitpid(2), signal(7), socket(7), tcp(7), unix(7), sd_listen_fds(3) and sd_notify(3).
 """
 
-# ---- 1. Imports -------------------------------------------------------------
-# Nothing heavy: what is imported here is copied by every fork. What few processes need is imported where it is used.
+# Nothing heavy is imported: every fork copies it. What few processes need is imported where it is used.
 from __future__ import annotations
 
 import argparse
@@ -38,32 +38,83 @@ import mmap
 import os
 import re
 import select
+import selectors
 import signal
 import socket
 import stat
 import struct
 import sys
 import time
+from collections import deque
 from contextlib import suppress
 from functools import lru_cache, partial
+from _thread import get_ident
 from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, NoReturn
 
 if not hasattr(os, "fork"):
     raise SystemExit("webserver.py needs a POSIX system: this one has no fork")
 
-__version__ = "1.0"
+__version__ = "1.1"
 PRODUCT = "webserver.py/" + __version__
 
 Environ = Dict[str, Any]
 Write = Callable[[bytes], None]
 StartResponse = Callable[..., Write]
 Application = Callable[[Environ, StartResponse], Iterable[bytes]]
-Service = Callable[[socket.SocketType, Any, "Activity"], None]
 
 
-# ---- 2. Limits --------------------------------------------------------------
-# Every limit and deadline that no option sets, with its reason and the status that answers an excess. Sizes are in
-# bytes, times in seconds.
+# ---- Part one: HTTP and WSGI ------------------------------------------------
+# bytes -> Stream -> Request -> environ -> application -> Response -> bytes
+#
+# ---- 1. Options and limits --------------------------------------------------
+# What can be set, and every limit that no option sets, with its reason and the status that answers an excess. Sizes
+# are in bytes, times in seconds.
+
+
+class Options(NamedTuple):
+    """What can be set: on the command line, or in a call of `serve` by these names."""
+
+    bind: str = ""  # "" is all addresses at $PORT, else 127.0.0.1:8000
+    max_children: int = 256
+    max_connections: int = 10000
+    timeout: float = 30.0
+    keep_alive: float = 75.0
+    graceful_timeout: float = 30.0
+    drain_delay: float = 0.0
+    connections_per_child: int = 1
+    limit_request_body: int = 1 << 30
+    user: str = ""
+    access_log: str = "combined"
+    reload: bool = False
+    check: bool = False
+    no_fork: bool = False
+
+
+class Option(NamedTuple):
+    """What the command line has to know of a field of Options, besides its type and its default."""
+
+    metavar: str
+    allowed: Any  # from the least to the greatest number, or the words; None: anything
+    help: str
+    short: str = ""
+
+
+OPTIONS: dict[str, Option] = {
+    "bind": Option("ADDRESS", None, "HOST:PORT, [::1]:PORT, :PORT, unix:PATH, fd:N (127.0.0.1:8000)", "-b"),
+    "max_children": Option("N", (1, 65536), "processes at work at one time", "-c"),
+    "max_connections": Option("N", (1, 1e6), "connections that wait, at rest or for a process"),
+    "timeout": Option("S", (0.1, 1e6), "seconds that a request may take without progress", "-t"),
+    "keep_alive": Option("S", (0, 1e6), "seconds to wait for the next request on a connection, 0 for none"),
+    "graceful_timeout": Option("S", (0, 1e6), "seconds for the requests in hand when the server stops or reloads"),
+    "drain_delay": Option("S", (0, 1e6), "seconds to go on accepting once the server is to stop (0)"),
+    "connections_per_child": Option("N", (0, 1e9), "connections that a process serves, one by one, 0 without end"),
+    "limit_request_body": Option("BYTES", (0, 1e18), "the largest body of a request"),
+    "user": Option("NAME[:GROUP]", None, "run as this user once the address is bound"),
+    "access_log": Option("FORMAT", ("combined", "json", "off"), "combined, json or off, on stdout"),
+    "reload": Option("", None, "reload when a source file changes"),
+    "check": Option("", None, "load the application, say what was found, and exit with 0 or 1"),
+    "no_fork": Option("", None, "serve in one process, one request at a time, for a debugger"),
+}
 
 MAX_REQUEST_LINE = 8190  # 414; as Apache's LimitRequestLine. RFC 9112 §3 asks for 8000 at least
 MAX_FIELD_LINE = 8190  # 431; as Apache's LimitRequestFieldSize
@@ -73,40 +124,19 @@ MAX_CHUNK_LINE = 4096  # 400; a chunk-size with its extensions
 MAX_CHUNK_EXTENSIONS = 16384  # 400; of all chunks together: else 1 byte of data could cost 4096 to parse
 MAX_COLLECTED = 1 << 20  # a chunked body up to this size gets a CONTENT_LENGTH, a larger one is streamed
 MAX_DRAINED = 65536  # what a server reads of a body that the application left unread, to keep the connection
+MAX_REMEMBERED = 4096  # a head, and an eighth of it a line: larger ones are parsed anew, or they would fill the memory
 
-HEAD_TIMEOUT = 10.0  # 408; from a head's first byte to its last, or to the first byte of a connection: that is silent
+TICK = 1.0  # the clock of waiting: a process that waits looks around so often
+HEAD_TIMEOUT = 10.0  # 408; from a head's first byte to its last; silent up to a connection's first byte: closed
+MIN_RATE = 500  # 408; bytes a second that a client must send or take, as the default of Apache's mod_reqtimeout
+MIN_RATE_GRACE = 20.0  # while it is waited for so long; after that, on average
+MIN_RATE_PRESSED = 32768  # the same under pressure, in each second: a third of what a slow mobile network does
 LINGER_TIMEOUT = 30.0  # to read and drop what a refused client still sends, as nginx's lingering_time
 LINGER_SILENCE = 2.0  # and how long it may send nothing meanwhile
-LAST_CALL = 0.05  # what an idle connection is given, when it must go, for a request that may be under way
-KILL_AFTER = 5.0  # from the deadline of a request to the signal that nothing survives
-TICK = 1.0  # how often parent and waiting children look around unasked: the price of a wake-up that was missed
-ALARM_SLACK = 0.25  # a client's silence ends at the deadline, an application's so much later: 408 and 504 never race
-CHECK_TIMEOUT = 30.0  # for new code to load before a reload
-MAX_LOGGED = (2000, 600, 60)  # to which of these a client's text is cut: the first that leaves its log line whole
-QUIET = 60.0  # between two log lines about the same trouble
 
 RECEIVE_SIZE = 65536  # one recv
 JOIN_SIZE = 16384  # up to here copying blocks together is cheaper than sendmsg
 FILE_BLOCK_SIZE = 1 << 18  # what is read of a file at once
-BACKLOG = 1024  # connections that the kernel may hold for us; it caps the number at net.core.somaxconn
-
-
-class Options(NamedTuple):
-    """What can be set, by the options of the same names or in a call of `serve`. Times are in seconds."""
-
-    bind: str = ""  # an address as `open_listener` takes it; else all addresses at $PORT, else 127.0.0.1:8000
-    max_connections: int = 256
-    timeout: float = 30.0
-    keep_alive: float = 15.0
-    graceful_timeout: float = 30.0
-    connections_per_child: int = 1
-    limit_request_body: int = 1 << 30
-    user: str = ""  # NAME[:GROUP]
-    access_log: str = "combined"  # or json, or off
-    reload: bool = False
-    check: bool = False
-    no_fork: bool = False
-
 
 REASONS = {
     400: "Bad Request", 408: "Request Timeout", 413: "Content Too Large", 414: "URI Too Long",
@@ -120,14 +150,18 @@ class HTTPError(Exception):
 
 
 class ClientGoneError(Exception):
-    """The client has closed, was cut off, or does not read: there is nobody left to answer."""
+    """The client has closed, was cut off, or does not read: nobody is left to answer. How much it was sent before."""
+
+
+class ClientSilentError(Exception):
+    """The client was waited for and has sent or taken nothing, or too little."""
 
 
 class Overdue(BaseException):
     """The deadline of the request has passed; no Exception, so that an application's `except Exception` lets it by."""
 
 
-# ---- 3. Grammar -------------------------------------------------------------
+# ---- 2. Grammar -------------------------------------------------------------
 # The ABNF rule in a comment, under it the pattern of the same name, to be used with fullmatch. What these patterns do
 # not match is refused, never repaired: each repair is a message that two servers understand in two ways.
 
@@ -149,7 +183,10 @@ TARGET = re.compile(rb"(?:(?i:https?)://([^/?#]*))?(/[^?#]*)?(?:\?([^#]*))?")
 PCT_ENCODED = re.compile(rb"%([0-9A-Fa-f]{2})?")
 
 # Host = uri-host [ ":" port ] (RFC 9110 §7.2); IP-literal / IPv4address / reg-name (RFC 3986 §3.2.2)
-HOST = re.compile(rb"(?:\[([0-9A-Fa-f:.]+)\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]*)?")
+HOST = re.compile(
+    rb"(?:\[(?:([0-9A-Fa-f:.]+)|[vV][0-9A-Fa-f]+\.[A-Za-z0-9._~!$&'()*+,;=:-]+)\]"
+    rb"|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]*)?"
+)
 
 # field-value = *( VCHAR / obs-text / SP / HTAB ) (RFC 9110 §5.5); neither CR, LF, NUL nor any other control
 FIELD_VALUE = re.compile(rb"[\t \x21-\x7e\x80-\xff]*")
@@ -179,170 +216,205 @@ HOP_BY_HOP_FIELDS = frozenset((
 ))  # fmt: skip
 
 
-# ---- 4. Stream --------------------------------------------------------------
-# The connected socket, and the bytes that were received but not consumed. Nothing else in the upper half receives or
-# sends. Deadlines of waiting are the kernel's: SO_RCVTIMEO and SO_SNDTIMEO (socket(7)) cost nothing where bytes flow.
+# ---- 3. Stream --------------------------------------------------------------
+# The connected socket, and the bytes that were received but not consumed. Nothing else in part one receives or sends.
+# The kernel ends every wait after a second (SO_RCVTIMEO, SO_SNDTIMEO, socket(7)), which costs nothing where bytes flow.
+# Then the process looks around: is the deadline over, which is an absolute time, and do others wait for a process?
 
-SPARE = b"\x7f" * 8  # what is in a slot while its process waits for a connection: no row of times contains it
-ACCEPTING = struct.unpack("d", SPARE)[0]  # the same as a time, beyond all others
-FREE = 0.0  # the time in a slot without a process
-WANTED = -1  # the last slot is nobody's: it is not FREE while newcomers wait for a child to be forked
-NOTE = struct.Struct("=QQ44s196s")  # connections and requests so far, the client, the first bytes of the head
-NOTE_SIZE = NOTE.size
-
-
-give_way = getattr(os, "sched_yield", lambda: None)  # sched_yield(2), which not every system has
-
-
-class Activity:
-    """Owns one slot in the memory that processes share: since when this one waits or works, for whom, at what.
-
-    The time is ACCEPTING while the process waits for a connection, negative while that is idle, positive while a
-    request is in hand. It is one aligned double, written and read in one piece, without a lock.
-    """
-
-    __slots__ = ("client", "connections", "head", "is_finishing", "notes", "pid", "requests", "slot", "sock", "times")
-
-    def __init__(self, times: memoryview[float], notes: memoryview, slot: int) -> None:
-        self.times, self.notes, self.slot = times, notes, slot
-        self.sock: socket.SocketType | None = None
-        self.client = self.head = b""  # the head is that of the request in hand, or the last one
-        self.connections = self.requests = 0
-        self.is_finishing = False  # the process was asked to close its connection as soon as it may
-        self.pid = os.getpid()  # of the process that serves; another one was forked from it by the application
-
-    def connect(self, sock: socket.SocketType, client: str) -> None:
-        """A connection has come."""
-        self.sock, self.client = sock, client.encode("ascii", "replace")
-        self.connections += 1
-        NOTE.pack_into(self.notes, self.slot * NOTE_SIZE, self.connections, self.requests, self.client, b"")
-        self.rest()
-
-    def rest(self) -> None:
-        """The connection waits for a request; when the processor is short, newcomers and the parent come first."""
-        self.times[self.slot] = -time.monotonic()
-        if self.times[WANTED]:
-            give_way()
-
-    def work(self, head: bytes) -> float:
-        """A request is in hand; return the time."""
-        self.head = head
-        self.requests += 1
-        NOTE.pack_into(self.notes, self.slot * NOTE_SIZE, self.connections, self.requests, self.client, head)
-        now = self.times[self.slot] = time.monotonic()
-        return now
-
-    def renew(self) -> None:
-        """The request in hand has made progress."""
-        self.times[self.slot] = time.monotonic()
+ONE_SECOND = struct.pack("@ll", 1, 0)  # a struct timeval
+RESET_ON_CLOSE, NO_RESET = struct.pack("@ii", 1, 0), struct.pack("@ii", 0, 0)  # a struct linger
 
 
 class Stream:
     """Owns a connected socket and the bytes received from it but not yet consumed.
 
-    What it does with the socket raises ClientGoneError when there is no client any more; what receives raises
-    TimeoutError when nothing comes within the time that set_patience gave.
+    What it does with the socket raises ClientGoneError when there is no client any more. What receives raises
+    ClientSilentError when nothing comes for the timeout, when less comes than `Pace` asks for, or, while others wait
+    for a process, when nothing comes for a second.
     """
 
-    __slots__ = ("activity", "patience", "pending", "sock", "timeout")
+    __slots__ = ("buffer", "pace", "previous_head", "slot", "sock", "start", "timeout")
 
-    def __init__(self, sock: socket.SocketType, activity: Activity, timeout: float) -> None:
-        self.sock, self.activity, self.timeout = sock, activity, timeout
-        self.pending = b""  # received, not consumed
-        self.patience = 0.0  # seconds, as last set
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, make_timeval(timeout))
+    def __init__(self, sock: socket.SocketType, slot: Slot, timeout: float) -> None:
+        self.sock, self.slot, self.timeout = sock, slot, timeout
+        self.buffer, self.start = b"", 0  # what was received, and where the part begins that is not consumed
+        self.previous_head = b""  # clients repeat their heads
+        self.pace = Pace()
 
-    def set_patience(self, seconds: float) -> None:
-        """Let a receive wait so long at most."""
-        if seconds != self.patience or self.activity.is_finishing:  # a signal may have shortened it meanwhile
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, make_timeval(seconds))
-            self.patience = seconds
+    def has_more(self) -> bool:
+        """Return whether bytes are here that were not consumed."""
+        return self.start != len(self.buffer)
 
-    def receive(self) -> bytes:
-        """Return the next bytes from the client, b"" when it has closed."""
+    def receive_at_rest(self, patience: float) -> bytes:
+        """Return the first bytes of a request; ClientSilentError if none come in the patience, which is a TICK or 0."""
+        self.slot.mark_silent()
+        if self.pace.seconds:
+            self.pace = Pace()  # each request is measured by itself
         try:
-            return self.sock.recv(RECEIVE_SIZE)
+            received = self.sock.recv(RECEIVE_SIZE, 0 if patience else socket.MSG_DONTWAIT)
         except BlockingIOError:
-            raise TimeoutError from None
+            raise ClientSilentError from None
         except OSError as error:
-            raise ClientGoneError from error
+            raise ClientGoneError(0) from error
+        if not received:
+            raise ClientGoneError(0)
+        return received
+
+    def wait_for(self, operation: Callable[[Any], Any], argument: Any, deadline: float | None = None) -> Any:
+        """Return what an operation of the socket returns that receives; b"" or 0 if the client has ended its side."""
+        began = self.slot.mark_silent()  # from here on it is the client that is waited for
+        while True:
+            try:
+                received = operation(argument)
+                break
+            except BlockingIOError:
+                if self.slot.is_pressed() or time.monotonic() >= (deadline or began + self.timeout):
+                    raise ClientSilentError from None
+            except OSError as error:
+                raise ClientGoneError(0) from error
+        count = received if isinstance(received, int) else len(received)
+        self.pace.add(self.slot.mark_progress() - began, count, self.slot.is_pressed())
+        return received
+
+    def receive_more(self, deadline: float | None = None) -> bool:
+        """Add what the client sends next to the buffer; return False if it has ended its side."""
+        received = self.wait_for(self.sock.recv, RECEIVE_SIZE, deadline)
+        self.buffer, self.start = self.buffer[self.start :] + received, 0
+        return bool(received)
 
     def receive_into(self, view: memoryview) -> int:
         """Fill the view with bytes not consumed yet, or else with new ones; return their number, 0 at the end."""
-        if self.pending:
-            taken, self.pending = self.pending[: len(view)], self.pending[len(view) :]
-            view[: len(taken)] = taken
-            return len(taken)
-        self.activity.renew()  # from here on it is the client that is waited for
-        try:
-            received = self.sock.recv_into(view)
-        except BlockingIOError:
-            raise TimeoutError from None
-        except OSError as error:
-            raise ClientGoneError from error
-        self.activity.renew()
-        return received
+        if not self.has_more():
+            return int(self.wait_for(self.sock.recv_into, view))
+        taken = self.buffer[self.start : self.start + len(view)]
+        self.start += len(taken)
+        view[: len(taken)] = taken
+        return len(taken)
 
     def read_line(self, limit: int) -> bytes:
         """Return the next line without its CRLF (RFC 9112 §2.2); HTTPError if it is too long or ends in a bare LF."""
-        while b"\n" not in self.pending and len(self.pending) <= limit + 1:
-            self.activity.renew()  # as above
-            if not (received := self.receive()):
+        while (end := self.buffer.find(b"\n", self.start, self.start + limit + 2)) < 0:
+            if len(self.buffer) - self.start > limit + 1:
+                raise HTTPError(400, "too long a line in the chunked body")
+            if not self.receive_more():
                 raise HTTPError(400, "the client closed inside the chunked body")
-            self.pending += received
-            self.activity.renew()
-        line, newline, self.pending = self.pending.partition(b"\n")
-        if not newline or len(line) > limit + 1:
-            raise HTTPError(400, "too long a line in the chunked body")
+        line, self.start = self.buffer[self.start : end], end + 1
         if not line.endswith(b"\r"):
             raise HTTPError(400, "a bare LF in the chunked body")
         return line[:-1]
 
     def send(self, data: bytes, *more: bytes) -> None:
-        """Send all the data, large parts of it without a copy; to have it is progress."""
-        self.activity.renew()
+        """Send all the data, large parts of it without a copy; to have it is progress.
+
+        ClientGoneError tells how much was sent before.
+        """
+        self.slot.mark_progress()
+        sent, size = 0, len(data)
         try:
-            sent = self.sock.sendmsg((data, *more)) if more else self.sock.send(data)
-            if more and sent < len(data) + sum(map(len, more)):
-                data = b"".join((data, *more))
-            while sent < len(data):  # each send takes at least a part, or fails after SO_SNDTIMEO
-                self.activity.renew()
-                sent += self.sock.send(memoryview(data)[sent:])
-        except OSError as error:
-            raise ClientGoneError from error
+            try:
+                sent = self.sock.sendmsg((data, *more)) if more else self.sock.send(data)
+            except BlockingIOError:
+                pass  # a second has passed
+            size += sum(map(len, more)) if more else 0
+            if sent < size:
+                self.send_rest(memoryview(b"".join((data, *more)))[sent:])
+        except (OSError, ClientSilentError) as error:
+            raise ClientGoneError(sent) from error
+
+    def send_rest(self, rest: memoryview) -> None:
+        """Send what was not taken at once, as long as the client goes on taking.
+
+        That is seen by what it has acknowledged (SIOCOUTQ, tcp(7)): send(2) itself blocks until a third of a large
+        buffer is free, which a slow client needs more than a second for.
+        """
+        owed, deadline = count_unacknowledged(self.sock), time.monotonic() + self.timeout
+        while rest:
+            began, sent, owed_before = self.slot.mark_silent(), 0, owed
+            with suppress(BlockingIOError):
+                sent = self.sock.send(rest)
+            rest, owed = rest[sent:], count_unacknowledged(self.sock)
+            taken, now = sent + owed_before - owed, self.slot.mark_progress()
+            if taken > 0:
+                deadline = now + self.timeout
+            elif now >= deadline:
+                raise ClientSilentError
+            self.pace.add(now - began, taken, self.slot.is_pressed())
 
     def linger(self) -> None:
         """End our side, then drop what still comes: to close with bytes unread resets the answer (RFC 9112 §9.6)."""
-        self.activity.rest()  # nothing is in hand any more: like an idle connection, it gives way to others
-        with suppress(OSError):  # silent or gone: either way it is over
+        began = heard = time.monotonic()
+        waste = bytearray(RECEIVE_SIZE)
+        with suppress(OSError, ClientSilentError):  # gone: it is over
             self.sock.shutdown(socket.SHUT_WR)
-            self.set_patience(LAST_CALL if self.activity.is_finishing else LINGER_SILENCE)
-            waste = bytearray(RECEIVE_SIZE)
-            deadline = time.monotonic() + LINGER_TIMEOUT
-            while self.sock.recv_into(waste) and time.monotonic() < deadline and not self.activity.is_finishing:
-                pass
+            while (now := self.slot.mark_silent()) < began + LINGER_TIMEOUT:
+                is_calm = self.slot.is_calm()  # else there is no time but for what is here already
+                try:
+                    if not self.sock.recv_into(waste, 0, 0 if is_calm else socket.MSG_DONTWAIT):
+                        return
+                    heard = now
+                except BlockingIOError:
+                    if not is_calm or now >= heard + LINGER_SILENCE - TICK:
+                        return
 
-    def reset(self) -> None:
-        """Close with a reset, where a plain close would mean the end of the response (socket(7), SO_LINGER)."""
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
-        self.sock.close()
-
-
-@lru_cache(maxsize=16)
-def make_timeval(seconds: float) -> bytes:
-    """Return the struct timeval of socket(7); 0 would mean "no timeout", so nothing is as short as that."""
-    return struct.pack("@ll", int(seconds), max(int(seconds % 1 * 1e6), 1))
+    def reset_on_close(self, is_wanted: bool) -> None:
+        """Have a close, also that of a process that dies, reset the connection (socket(7), SO_LINGER)."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE if is_wanted else NO_RESET)
 
 
-# ---- 5. Request -------------------------------------------------------------
+class Pace:
+    """Owns how fast the client is within one request: how long it was waited for, and what came of that."""
+
+    __slots__ = ("count", "recent_count", "recent_seconds", "seconds")
+
+    def __init__(self) -> None:
+        self.seconds = self.recent_seconds = 0.0
+        self.count = self.recent_count = 0
+
+    def add(self, seconds: float, count: int, is_pressed: bool) -> None:
+        """Add a wait and what it has brought, in bytes; ClientSilentError if that is too little.
+
+        A client may be slow at times, so that it is judged by the average; but not while others wait for its process.
+        """
+        self.seconds += seconds
+        self.count += count
+        self.recent_seconds += seconds
+        self.recent_count += count
+        if self.recent_seconds >= TICK:
+            is_slow = is_pressed and self.recent_count < MIN_RATE_PRESSED * self.recent_seconds
+            if is_slow or (self.seconds > MIN_RATE_GRACE and self.count < MIN_RATE * self.seconds):
+                raise ClientSilentError
+            self.recent_seconds, self.recent_count = 0.0, 0
+
+
+def count_unacknowledged(sock: socket.SocketType) -> int:
+    """Return how many bytes the kernel holds that the client has not taken; 0 where that cannot be known."""
+    import fcntl
+    import termios
+
+    with suppress(OSError):
+        return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    return 0
+
+
+# ---- 4. Request -------------------------------------------------------------
 # In go the bytes of a head, out comes a Request that keeps every rule, or HTTPError. The parsers are pure functions of
 # bytes and so can remember: clients repeat their heads, or all lines of them but one. What is remembered was checked
-# and is bounded, and bytes hash with a secret, so that a client can neither grow it nor make it collide.
+# and is bounded, in number and size, and bytes hash with a secret: a client can neither grow it nor make it collide.
 # RFC 9112 §2 to §6 and §9.3, RFC 9110 §5, §7 and §10.1.1.
 
 
+def remember(number: int, size: int) -> Callable[[Callable[[bytes], Any]], Any]:
+    """Decorate a pure function of bytes, so that it remembers its results for so many arguments of so many bytes."""
+
+    def decorate(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+        remembered = lru_cache(number)(parse)
+        return lambda data: remembered(data) if len(data) <= size else parse(data)
+
+    return decorate
+
+
 class Request(NamedTuple):
-    """The head of a request, checked. As it is without values, it stands for a head that could not be read."""
+    """The head of a request, checked; without values, but for its line, it stands for one that could not be read."""
 
     method: str = ""
     target: str = ""  # as it was received
@@ -353,57 +425,62 @@ class Request(NamedTuple):
     length: int | None = 0  # of the message body; None if it is chunked
     is_persistent: bool = False
     expects_continue: bool = False
+    line: bytes = b""  # the request-line, for the logs: not checked where the head could not be read
 
 
-NO_REQUEST = Request()
+def read_head(stream: Stream, patience: float, deadline: float | None) -> bytes:
+    """Return the bytes of the next head with its empty line.
 
-
-def read_head(stream: Stream, patience: float) -> bytes:
-    """Return the bytes of the next head with its empty line, b"" if the client sends none within its patience.
-
-    The common case is one recv. Only a head that arrives in pieces pays for a look at the clock.
+    ClientSilentError if none begins within the patience, ClientGoneError if none will; HTTPError if it cannot be good,
+    or is not complete by the deadline. The common case is one recv, and no look at the clock.
     """
-    stream.set_patience(patience)
-    if stream.activity.is_finishing:  # already; a signal from here on shortens the wait itself
-        stream.set_patience(LAST_CALL)
-    try:
-        data = stream.pending or stream.receive()
-        if data == stream.activity.head:  # the same once more: 10 % faster than to search it and hash it again
-            stream.pending = b""
-            return stream.activity.head
-        while data in (b"\r", b"\r\n"):  # the line end that old clients send behind a body begins no request
-            received = stream.receive()
-            data = received and data + received
-    except (TimeoutError, ClientGoneError):
-        data = b""
-    end = data.find(b"\r\n\r\n") + 4
-    if data and end < 4:
-        data = read_rest_of_head(stream, data, time.monotonic() + min(HEAD_TIMEOUT, stream.timeout))
+    if stream.has_more():
+        data, start = stream.buffer, stream.start
+        stream.buffer, stream.start = b"", 0
+    else:
+        data, start = stream.receive_at_rest(patience), 0
+        if data == stream.previous_head:  # the same once more: 10 % faster than to search it and hash it again
+            return stream.previous_head
+    while data[start : start + 3] in (b"\r", b"\r\n"):  # what old clients send behind a body begins no request
+        if deadline and time.monotonic() >= deadline:
+            raise ClientGoneError(0)
+        data, start = data[start:] + stream.receive_at_rest(patience), 0
+    if (end := data.find(b"\r\n\r\n", start) + 4) < 4:
+        stream.buffer = data[start:]
+        read_rest_of_head(stream, deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout))
+        data, start = stream.buffer, 0
         end = data.find(b"\r\n\r\n") + 4
-    stream.pending = data[end:]
-    return data[:end]
+    stream.buffer, stream.start, stream.previous_head = data, end, data[start:end]
+    return stream.previous_head
 
 
-def read_rest_of_head(stream: Stream, data: bytes, deadline: float) -> bytes:
-    """Return the data with what still had to come for a whole head; HTTPError if it does not come by the deadline."""
+def read_rest_of_head(stream: Stream, deadline: float) -> None:
+    """Receive until the head is whole; HTTPError if it cannot be good, or is not complete by the deadline."""
     checked = 0
-    stream.activity.renew()  # no longer idle: it does not give way
-    while b"\r\n\r\n" not in data:
-        stream.pending = data  # for the log, should it be refused
-        check_partial_head(data, checked)
-        checked = len(data) - 1
+    while b"\r\n\r\n" not in stream.buffer:
+        check_partial_head(stream.buffer, checked)
+        checked = len(stream.buffer) - 1
+        if time.monotonic() >= deadline:
+            raise HTTPError(408, "the head was not complete in time")
         try:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError
-            stream.set_patience(left)
-            received = stream.receive()
-        except TimeoutError:
+            if not stream.receive_more(deadline):
+                raise HTTPError(400, "the client closed inside the head")
+        except ClientSilentError:
             raise HTTPError(408, "the head was not complete in time") from None
-        if not received:
-            raise HTTPError(400, "the client closed inside the head")
-        data += received
-    return data
+
+
+def is_worth_reading(data: bytes, checked: int) -> bool:
+    """Return whether these first bytes of a request are a whole head, or such that no further byte can mend them.
+
+    As many of them as `checked` were looked at before. Part two asks, which holds connections that have sent less.
+    """
+    if data.find(b"\r\n\r\n", max(checked - 3, 0)) >= 0:
+        return True
+    try:
+        check_partial_head(data, max(checked - 1, 0))
+    except HTTPError:
+        return True
+    return False
 
 
 def check_partial_head(data: bytes, checked: int) -> None:
@@ -438,10 +515,16 @@ def parse_head(head: bytes) -> Request:
     options = parse_list(fields["connection"]) if "connection" in fields else ()
     is_persistent = "close" not in options and (version != "HTTP/1.0" or "keep-alive" in options)
     expects_continue = "expect" in fields and parse_expect(version, fields["expect"])
-    return Request(method, target, path, query, version, fields, length, is_persistent, expects_continue)
+    return Request(method, target, path, query, version, fields, length, is_persistent, expects_continue, line)
 
 
-@lru_cache(maxsize=256)
+def make_unread_request(data: bytes) -> Request:
+    """Return what stands for a request whose head could not be read: its line as far as it came."""
+    line = data.lstrip(b"\r\n").partition(b"\r\n")[0]
+    return Request(method="HEAD" if line.startswith(b"HEAD ") else "", line=line)
+
+
+@remember(256, MAX_REMEMBERED // 8)
 def parse_request_line(line: bytes) -> tuple[str, str, str | None, str, str, str]:
     """Return the method, the target as it came, its authority, path and query, and the version (RFC 9112 §3)."""
     if len(line) > MAX_REQUEST_LINE:
@@ -493,7 +576,7 @@ def parse_fields(lines: list[bytes]) -> dict[str, str]:
     return fields
 
 
-@lru_cache(maxsize=1024)
+@remember(1024, MAX_REMEMBERED // 8)
 def parse_field_line(line: bytes) -> tuple[str, str]:
     """Return the name in lower case and the value of a field line (RFC 9112 §5)."""
     if len(line) > MAX_FIELD_LINE:
@@ -562,7 +645,7 @@ def parse_expect(version: str, value: str) -> bool:
     return bool(expectations) and version != "HTTP/1.0"
 
 
-# ---- 6. Body ----------------------------------------------------------------
+# ---- 5. Body ----------------------------------------------------------------
 # Exactly the bytes of one message body, and not one of the request behind it. An io.RawIOBase: the standard library's
 # io.BufferedReader makes read, readline, readlines and iteration of it, as PEP 3333 asks of wsgi.input.
 
@@ -582,7 +665,7 @@ class Body(io.RawIOBase):
         self.limit = limit - self.remaining  # what further chunks may hold
         self.awaits_continue = request.expects_continue  # until we send anything or the client does
         self.ahead = b""  # what `collect` has read, for the application to read first
-        self.failure: HTTPError | None = None
+        self.failure: tuple[int, str] | None = None  # not the exception, whose frames refer to this body
         self.extensions = 0  # bytes of chunk extensions so far
         self.is_behind_chunk = False  # the line end behind a chunk is still to come
         if self.limit < 0:
@@ -601,11 +684,11 @@ class Body(io.RawIOBase):
         if not self.failure:
             try:
                 return self.receive_into(buffer)
-            except TimeoutError:
-                self.failure = HTTPError(408, "the message body did not arrive in time")
-            except HTTPError as failure:
-                self.failure = failure
-        raise self.failure
+            except ClientSilentError:
+                self.failure = (408, "the message body did not arrive in time")
+            except HTTPError as error:
+                self.failure = error.args
+        raise HTTPError(*self.failure)
 
     def readall(self) -> bytes:
         """Of RawIOBase, whose own reads 8 KiB at a time."""
@@ -615,7 +698,7 @@ class Body(io.RawIOBase):
         """Fill the buffer from the stream; return 0 at the end of the body."""
         if self.awaits_continue:
             self.awaits_continue = False
-            if not self.stream.pending:  # else its body comes already (RFC 9110 §10.1.1)
+            if not self.stream.has_more():  # else its body comes already (RFC 9110 §10.1.1)
                 self.stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         if self.is_chunked and not self.remaining:
             self.read_chunk_line()
@@ -629,8 +712,8 @@ class Body(io.RawIOBase):
 
     def read_chunk_line(self) -> None:
         """Read the end of the chunk before and the line before the next (RFC 9112 §7.1)."""
-        if self.is_behind_chunk and self.stream.read_line(MAX_CHUNK_LINE):
-            raise HTTPError(400, "a chunk longer than its chunk-size")
+        if self.is_behind_chunk:
+            self.read_end_of_chunk()
         if not (match := CHUNK_LINE.fullmatch(self.stream.read_line(MAX_CHUNK_LINE))):
             raise HTTPError(400, "a malformed chunk-size or chunk extension")
         self.is_behind_chunk = True
@@ -644,6 +727,16 @@ class Body(io.RawIOBase):
         if not self.remaining:
             self.read_trailer_section()
             self.is_chunked = False
+
+    def read_end_of_chunk(self) -> None:
+        """Read the line end behind the data of a chunk; refuse anything else as soon as it is seen."""
+        stream = self.stream
+        while (end := stream.buffer[stream.start : stream.start + 2]) != b"\r\n":
+            if end not in (b"", b"\r"):
+                raise HTTPError(400, "a chunk longer than its chunk-size")
+            if not stream.receive_more():
+                raise HTTPError(400, "the client closed inside the chunked body")
+        stream.start += 2
 
     def read_trailer_section(self) -> None:
         """Read, check and drop the fields behind the last chunk: no rule lets them join the head's (RFC 9110 §6.5)."""
@@ -663,12 +756,21 @@ class Body(io.RawIOBase):
                 return None
         return bytes(content)
 
+    def give_up_continue(self) -> bool:
+        """The answer goes out: wait for no 100 (Continue) any more; return whether the body may come or not."""
+        was_awaited, self.awaits_continue = self.awaits_continue, False
+        return was_awaited
+
+    def is_at_end(self) -> bool:
+        """Return whether all of it was received."""
+        return not (self.is_chunked or self.remaining)
+
     def drain(self) -> bool:
         """Read what the application left; return whether that was the end, so that a next request can follow."""
         if self.awaits_continue or self.failure:
             return False
         left, waste = MAX_DRAINED, bytearray(RECEIVE_SIZE)
-        with suppress(HTTPError, TimeoutError):  # the response is out and was right; the close tells the rest
+        with suppress(HTTPError, ClientSilentError):  # the response is out and was right; the close tells the rest
             while left >= self.remaining:
                 if not (received := self.receive_into(waste)):
                     return True
@@ -676,7 +778,7 @@ class Body(io.RawIOBase):
         return False
 
 
-# ---- 7. Environ -------------------------------------------------------------
+# ---- 6. Environ -------------------------------------------------------------
 # Request -> the dict of PEP 3333 ("environ Variables"). One part is made for each connection and one for each head;
 # the environ is a copy of both, which the application may change as it likes.
 
@@ -687,7 +789,6 @@ def make_connection_environ(sock: socket.SocketType, address: Any, is_multiproce
     server, port = name[:2] if isinstance(name, tuple) else ("localhost", 80)
     client, client_port = address[:2] if isinstance(address, tuple) else ("", "")
     return {
-        "webserver.request": 0,  # its number on the connection
         "SERVER_NAME": strip_mapping(server),
         "SERVER_PORT": str(port),
         "REMOTE_ADDR": strip_mapping(client),
@@ -741,7 +842,7 @@ def add_input(environ: Environ, body: Body) -> None:
         environ["CONTENT_LENGTH"] = str(len(content))
 
 
-# ---- 8. Response ------------------------------------------------------------
+# ---- 7. Response ------------------------------------------------------------
 # What the application gives -> bytes. The head goes out with the first block that is not empty, in one send (but for
 # a file's); the framing is decided then. PEP 3333; RFC 9110 §6.4 and §8.6, RFC 9112 §6 and §7.
 
@@ -756,7 +857,7 @@ def run_application(application: Application, environ: Environ, response: Respon
         if not (isinstance(blocks, FileWrapper) and response.send_file(blocks)):
             for block in blocks:  # each at once (PEP 3333, "Buffering and Streaming")
                 response.write(block)
-                if response.is_full:
+                if response.drops_blocks:
                     break
         response.send(b"", is_last=True)
     finally:
@@ -770,7 +871,7 @@ def make_start_response(response: Response) -> StartResponse:
     def start_response(status: str, response_headers: list[tuple[str, str]], exc_info: Any = None) -> Write:
         """Take over the head; with exc_info in place of an earlier one, if that was not sent."""
         try:
-            if exc_info and response.is_head_sent:
+            if exc_info and response.framing:
                 raise exc_info[1].with_traceback(exc_info[2])
             if response.head and not exc_info:
                 raise AssertionError("start_response was called a second time without exc_info")
@@ -800,25 +901,31 @@ class ResponseHead(NamedTuple):
     has_date: bool
 
 
+class Framing(NamedTuple):
+    """How a response is framed: decided once, when its head is sent (RFC 9112 §6.3)."""
+
+    head: bytes  # from the status-line to the empty line
+    length: float  # of the body, in bytes; UNBOUNDED if only its end will tell
+    has_body: bool  # else what the application gives is dropped
+    is_chunked: bool
+    is_closing: bool  # the connection ends with this response
+    is_ended_by_close: bool  # only that tells the client that the body is complete
+
+
 class Response:
     """Owns the response to one request: its head until the first block, and how much of its body was sent."""
 
-    __slots__ = (
-        "body", "head", "is_chunked", "is_closing", "is_complete", "is_full", "is_head_sent", "left", "request", "sent",
-        "stream",
-    )  # fmt: skip
+    __slots__ = ("body", "drops_blocks", "framing", "head", "is_closing", "is_complete", "request", "sent", "stream")
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
-        self.request = NO_REQUEST
-        self.body: Body | None = None
+        self.request = Request()
+        self.body: Body | None = None  # of the request
         self.head: ResponseHead | None = None  # what start_response was told
-        self.is_head_sent = False
+        self.framing: Framing | None = None  # once the head is sent
         self.sent = 0  # bytes of the body
-        self.left = UNBOUNDED  # how many may follow
-        self.is_chunked = False
-        self.is_closing = False  # the connection ends with this response
-        self.is_full = False  # further blocks are dropped
+        self.is_closing = False  # by what the request, or the server, wants
+        self.drops_blocks = False  # the rest of what the application gives: there is no body, or it is too long
         self.is_complete = False
 
     def write(self, block: bytes) -> None:
@@ -826,92 +933,106 @@ class Response:
         if self.is_complete:
             raise AssertionError("write() was called after the end of the response")
         self.send(block)
-        if block:
-            self.stream.activity.renew()  # to have sent it is progress
 
     def send(self, block: bytes, is_last: bool = False) -> None:
         """Send a block of the body, with the head before the first, and with what ends the body behind the last."""
         if not isinstance(block, bytes):
             raise TypeError("a block of the body is not bytes: %.100r" % (block,))
-        head = end = b""
-        if not self.is_head_sent:
+        before = behind = b""
+        if (framing := self.framing) is None:
             if not (block or is_last):
                 return
-            head = self.make_head(len(block) if is_last else None)
-        if len(block) > self.left:
-            if not self.is_full:
-                log_error("the body is longer than its Content-Length of %d: cut there" % (self.sent + self.left))
-            block, self.is_full = block[: int(self.left)], True
-        if self.is_chunked:
-            head, end = (head + b"%x\r\n" % len(block), b"\r\n") if block else (head, b"")
-            end += b"0\r\n\r\n" if is_last else b""
-        if len(block) > JOIN_SIZE and (head or end):
-            self.stream.send(head, block, end)
-        elif head or block or end:
-            self.stream.send(head + block + end)
+            framing = self.frame(len(block) if is_last else None)
+            before = framing.head
+        if len(block) > framing.length - self.sent:
+            block = self.cut(block, framing)
+        if framing.is_chunked:
+            if block:
+                before, behind = before + b"%x\r\n" % len(block), b"\r\n"
+            if is_last:
+                behind += b"0\r\n\r\n"
+        try:
+            if len(block) > JOIN_SIZE and (before or behind):
+                self.stream.send(before, block, behind)
+            elif before or block or behind:
+                self.stream.send(before + block + behind)
+        except ClientGoneError as gone:
+            self.sent += min(max(gone.args[0] - len(before), 0), len(block))
+            raise
         self.sent += len(block)
-        self.left -= len(block)
         if is_last:
             self.is_complete = True
-            if 0 < self.left < UNBOUNDED:
-                raise ValueError("the body has %d bytes, %d less than its Content-Length" % (self.sent, self.left))
+            if framing.is_ended_by_close:
+                self.stream.reset_on_close(False)
+            elif self.sent < framing.length != UNBOUNDED:
+                raise ValueError("the body has %d bytes, its Content-Length is %d" % (self.sent, framing.length))
 
     def send_file(self, wrapper: FileWrapper) -> bool:
         """Send a regular file in large blocks; return whether it could be sent so."""
-        found = wrapper.find_regular_file() if self.head and not self.is_head_sent else None
+        found = None if self.framing or not self.head else wrapper.find_regular_file()
         if found is None:
             return False
         fd, offset, size = found
-        self.stream.send(self.make_head(size))
+        framing = self.frame(size)
+        self.stream.send(framing.head)
         # To read and send was 1.4 times as fast as sendfile(2) over loopback on Linux 6.18, and took less processor.
-        while self.left and (block := os.pread(fd, int(min(self.left, FILE_BLOCK_SIZE)), offset + self.sent)):
+        while (left := framing.length - self.sent) and (
+            block := os.pread(fd, int(min(left, FILE_BLOCK_SIZE)), offset + self.sent)
+        ):
             self.stream.send(block)
             self.sent += len(block)
-            self.left -= len(block)
         return True
 
-    def make_head(self, size: int | None) -> bytes:
-        """Return the head for a body of this size, if known, and take it for sent."""
+    def frame(self, size: int | None) -> Framing:
+        """Decide the framing, for a body of this size if it is known."""
         if self.head is None:
             raise AssertionError("the application did not call start_response")
         if self.body:
             if self.body.failure:
-                raise self.body.failure
-            if self.body.awaits_continue:  # it may come now or never
-                self.is_closing, self.body.awaits_continue = True, False
-        is_closing = self.is_closing or self.stream.activity.is_finishing
+                raise HTTPError(*self.body.failure)
+            self.is_closing |= self.body.give_up_continue()
+        slot = self.stream.slot
+        if not slot.is_calm():  # under pressure, who has sent more requests already must queue for them
+            self.is_closing |= slot.is_stopping() or (slot.is_pressed() and not self.body and self.stream.has_more())
         method, version, second = self.request.method, self.request.version, int(time.time())
-        framing = frame_response(self.head, method, version, size, is_closing, second)
-        head, self.left, self.is_full, self.is_chunked, self.is_closing = framing
-        self.is_head_sent = True
-        return head
+        framing = make_framing(self.head, method, version, size, self.is_closing, second)
+        self.framing, self.is_closing, self.drops_blocks = framing, framing.is_closing, not framing.has_body
+        if framing.is_ended_by_close:
+            self.stream.reset_on_close(True)
+        return framing
+
+    def cut(self, block: bytes, framing: Framing) -> bytes:
+        """Return as much of the block as the body may still have."""
+        if not self.drops_blocks:
+            self.drops_blocks = True
+            log_error("the body is longer than its Content-Length of %d: cut there" % framing.length)
+        return block[: int(framing.length - self.sent)]
 
 
 @lru_cache(maxsize=64)
-def frame_response(
+def make_framing(
     head: ResponseHead, method: str, version: str, size: int | None, is_closing: bool, second: int
-) -> tuple[bytes, float, bool, bool, bool]:
-    """Return the bytes of a head, how many of a body may follow, if none may, if it is chunked, if the end closes.
+) -> Framing:
+    """Return the framing of a response; the size is that of the body, if it is known from elsewhere than its head.
 
-    The size is that of the body, if it is known from elsewhere than its Content-Length. A response that repeats within
-    a second takes one look-up (RFC 9112 §6.3).
+    A response that repeats within a second takes one look-up (RFC 9112 §6.3).
     """
-    lines, length, is_old = head.lines, head.length, version == "HTTP/1.0"
+    lines, length, is_http10 = head.lines, head.length, version == "HTTP/1.0"
     has_body = method != "HEAD" and head.status not in (204, 304)  # RFC 9110 §6.4.1
     if length is None and (size or has_body):
         length = size
-    is_chunked = length is None and has_body and not is_old
-    is_closing = is_closing or head.is_closing or (is_old and has_body and length is None)
+    is_chunked = length is None and has_body and not is_http10
+    is_closing = is_closing or head.is_closing or (is_http10 and has_body and length is None)
     if is_chunked:
         lines += b"Transfer-Encoding: chunked\r\n"
     elif length is not None and head.status != 204:  # RFC 9110 §8.6
         lines += b"Content-Length: %d\r\n" % length
-    if is_closing or is_old:
+    if is_closing or is_http10:
         lines += b"Connection: close\r\n" if is_closing else b"Connection: keep-alive\r\n"
     if not head.has_date:
         lines += make_date_line(second)
-    left = 0 if not has_body else UNBOUNDED if length is None else length
-    return lines + b"\r\n", left, not has_body, is_chunked, is_closing
+    bound = 0 if not has_body else UNBOUNDED if length is None else length
+    return Framing(lines + b"\r\n", bound, has_body, is_chunked, is_closing, bound == UNBOUNDED and not is_chunked)
 
 
 @lru_cache(maxsize=64)
@@ -997,59 +1118,74 @@ class FileWrapper:
         return file.fileno(), offset, max(status.st_size - offset, 0)
 
 
-# ---- 9. Connection ----------------------------------------------------------
-# One connection: its requests in order, until somebody says close. Whatever goes wrong with a request ends up in
-# serve_request: it is answered there, or cut off, and logged, and nothing behind it is interpreted.
+# ---- 8. Connection ----------------------------------------------------------
+# One connection: its requests in order, until the client is silent or somebody says close. Whatever goes wrong with a
+# request ends in serve_request: it is answered there, or cut off, and logged, and nothing behind it is interpreted.
 
 
 def serve_connection(
-    application: Application, options: Options, sock: socket.SocketType, address: Any, activity: Activity
-) -> None:
-    """Serve all requests of a connection, then close it."""
+    application: Application, options: Options, sock: socket.SocketType, address: Any, slot: Slot,
+    deadline: float | None = None,
+) -> bool:  # fmt: skip
+    """Serve the requests of a connection; return True if it is at rest then, False if it is closed.
+
+    A head that has begun must be complete by the deadline.
+    """
     try:
-        stream = Stream(sock, activity, options.timeout)
+        stream = Stream(sock, slot, options.timeout)
         environ = make_connection_environ(sock, address, not options.no_fork)
-        patience = min(HEAD_TIMEOUT, options.timeout)
-        while serve_request(application, options, stream, environ, patience):
-            activity.rest()
-            patience = options.keep_alive
+        patience = slot.patience
+        while serve_request(application, options, stream, environ, patience, deadline):
+            patience, deadline = slot.choose_patience(), None
         sock.shutdown(socket.SHUT_WR)  # the end for the client, also if a process of the application holds a copy
+    except ClientSilentError:
+        return True
     except (ClientGoneError, OSError):
         pass  # OSError: it was reset before we first looked at it
-    finally:
-        sock.close()
+    sock.close()
+    return False
 
 
 def serve_request(
-    application: Application, options: Options, stream: Stream, connection: Environ, patience: float
-) -> bool:
-    """Serve the next request, if it comes within the patience; return whether another may follow (RFC 9112 §9.3)."""
-    response, head, detail, began = Response(stream), b"", "", 0.0
+    application: Application, options: Options, stream: Stream, connection: Environ, patience: float,
+    deadline: float | None,
+) -> bool:  # fmt: skip
+    """Serve the next request; return whether another may follow (RFC 9112 §9.3).
+
+    ClientSilentError if none begins, ClientGoneError if none will.
+    """
+    response, slot, head, began, detail = Response(stream), stream.slot, b"", 0.0, ""
     try:
-        if not (head := read_head(stream, patience)):
-            return False
-        began = stream.activity.work(head)
-        request, variables = interpret_head(head)
+        # Step 1: read the head and interpret it.
+        head = read_head(stream, patience, deadline)
+        request, variables = (interpret_head if len(head) <= MAX_REMEMBERED else interpret_head.__wrapped__)(head)
+        # Step 2: make the environ. The body is read when the application reads it.
+        began = slot.mark_busy(request.line)
         response.request = request
         response.is_closing = not (request.is_persistent and options.keep_alive)
-        connection["webserver.request"] += 1
-        environ = {**variables, **connection, "wsgi.input": io.BytesIO()}
+        environ = {**variables, **connection, "webserver.requests": slot.requests, "wsgi.input": io.BytesIO()}
         if request.length != 0:
-            stream.set_patience(options.timeout)
             response.body = Body(stream, request, options.limit_request_body)
             add_input(environ, response.body)
+        # Step 3: call the application and send what it gives.
         run_application(application, environ, response)
     except BaseException as error:  # SystemExit in an application is an error like any other
-        if stream.activity.pid != os.getpid() or (options.no_fork and isinstance(error, KeyboardInterrupt)):
-            raise
-        detail = recover(response, head or stream.pending, error)
+        if not slot.is_own() or (options.no_fork and isinstance(error, KeyboardInterrupt)):
+            raise  # in a process that the application has forked, or to the debugger
+        if not began:
+            if isinstance(error, (ClientSilentError, ClientGoneError)):
+                raise  # between two requests
+            response.request = make_unread_request(head or stream.buffer[stream.start :])
+        # Step 4: answer what went wrong.
+        detail = recover(response, error)
+    # Step 5: log it, and leave the connection in a state in which the next request can be read, or end it.
     if options.access_log != "off":
-        log_access(options.access_log, response, connection, head or stream.pending, began, detail)
+        log_access(options.access_log, response, connection, began, detail)
     body = response.body
     if not (detail or response.is_closing) and (body is None or body.drain()):
         return True
     # Only a client that wanted the close itself and whose bytes were all read needs no time for what it may still send.
-    if detail or stream.pending or response.request.is_persistent or (body and (body.is_chunked or body.remaining)):
+    if detail or stream.has_more() or response.request.is_persistent or (body and not body.is_at_end()):
         stream.linger()
     return False
 
@@ -1061,44 +1197,56 @@ def interpret_head(head: bytes) -> tuple[Request, Environ]:
     return request, make_request_environ(request)
 
 
-def recover(response: Response, head: bytes, error: BaseException) -> str:
-    """Answer what went wrong, or cut the response off so that the client can tell; return the detail for the log."""
-    if isinstance(error, ClientGoneError):
-        return "the client has gone"
+def recover(response: Response, error: BaseException) -> str:
+    """Answer what went wrong, or cut the response off so that the client can tell; return the detail for the log.
+
+    The answer comes first: to format the traceback may take long, or fail.
+    """
     if isinstance(error, HTTPError):
         status, detail = error.args
+    elif isinstance(error, ClientGoneError):
+        status, detail = 0, "the client has gone"
+    elif isinstance(error, Overdue):
+        status, detail = 504, "the application took too long"
     else:
-        log_exception(error, head)
-        overdue = isinstance(error, Overdue)
-        status, detail = (504, "the application took too long") if overdue else (500, "the application failed")
+        status, detail = 500, "the application failed"
     with suppress(ClientGoneError):  # the log line says what it would have been told
-        if not response.is_head_sent:
-            send_error(response, head, "%d %s" % (status, REASONS[status]), detail)
-        elif response.left == UNBOUNDED and not (response.is_complete or response.is_chunked):
-            response.stream.reset()  # only the close would tell that the body is complete
+        if response.framing is None and status:
+            send_error(response, "%d %s" % (status, REASONS[status]), detail)
+        elif response.framing and response.framing.is_ended_by_close and not response.is_complete:
+            response.stream.sock.close()  # by a reset: a plain end would mean that the body is complete
+    if not isinstance(error, (HTTPError, ClientGoneError)):
+        log_exception(error, response.request.line)
     return str(detail)
 
 
-def send_error(response: Response, head: bytes, status: str, detail: str) -> None:
+def send_error(response: Response, status: str, detail: str) -> None:
     """Answer with the status and the detail, and end the connection."""
-    if response.request is NO_REQUEST and head.lstrip(b"\r\n").startswith(b"HEAD "):
-        response.request = NO_REQUEST._replace(method="HEAD")
     response.body = None
     response.is_closing = True
     response.head = parse_response_head(status, (("Content-Type", "text/plain; charset=utf-8"),))
     response.send(("%s: %s\n" % (status, detail)).encode(), is_last=True)
 
 
-def log_access(style: str, response: Response, connection: Environ, head: bytes, began: float, detail: str) -> None:
+# ---- 9. Log -----------------------------------------------------------------
+# What happened -> lines of text, each written by one write(2). Nothing that a client has sent is written as it is.
+
+MAX_LOGGED = (2000, 600, 60)  # to which of these a client's text is cut: the first that leaves its log line whole
+MAX_TRACEBACK = 16384  # characters; of a longer one the middle is left out
+QUIET = 60.0  # seconds between two log lines about the same trouble
+
+
+def log_access(style: str, response: Response, connection: Environ, began: float, detail: str) -> None:
     """Log a request that has ended: in the combined format with the seconds taken and what went wrong, or as JSON."""
+    request = response.request
     facts = {
         "client": connection["REMOTE_ADDR"] or "-",
         "time": make_log_time(int(time.time())),
-        "request": head.lstrip(b"\r\n").partition(b"\r\n")[0].decode("latin-1"),
+        "request": request.line.decode("latin-1"),
         "status": response.head.status if response.head else 0,  # 0: the client went before it was answered
         "bytes": response.sent,
-        "referer": response.request.fields.get("referer", "-"),
-        "user_agent": response.request.fields.get("user-agent", "-"),
+        "referer": request.fields.get("referer", "-"),
+        "user_agent": request.fields.get("user-agent", "-"),
         "seconds": round(time.monotonic() - began, 6) if began else 0.0,
         "detail": detail,
     }
@@ -1140,10 +1288,12 @@ def write_line(fd: int, line: str) -> None:
     One write(2) of up to PIPE_BUF bytes is never mixed with another's, and does not block where select(2) says so, but
     for the moment in which another process was faster.
     """
-    data = line.encode("utf-8", "backslashreplace")[: select.PIPE_BUF - 1] + b"\n"
+    data = line.encode("utf-8", "backslashreplace")
+    if len(data) >= select.PIPE_BUF:  # cut, but between two characters
+        data = data[: select.PIPE_BUF - 1].decode("utf-8", "ignore").encode()
     try:
         if select.select([], [fd], [], 0)[1]:
-            os.write(fd, data)
+            os.write(fd, data + b"\n")
     except OSError:
         pass  # it was closed: there is nowhere to complain
 
@@ -1154,549 +1304,99 @@ def log_error(text: str) -> None:
         write_line(2, "[%d] %s" % (os.getpid(), "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)))
 
 
-def log_exception(error: BaseException, head: bytes = b"") -> None:
-    """Write the traceback to stderr, from the first frame on that is neither the server's nor the import system's."""
-    import traceback
+LAST_LOGGED: dict[str, float] = {}  # when a text was logged that is not to be repeated soon
 
-    trace = error.__traceback__
-    while trace and (trace.tb_frame.f_globals is globals() or "importlib" in trace.tb_frame.f_code.co_filename):
-        trace = trace.tb_next
-    if head:
-        log_error('error in "%s"' % escape(head.lstrip(b"\r\n").partition(b"\r\n")[0].decode("latin-1")))
-    log_error("".join(traceback.format_exception(type(error), error, trace)))
 
+def log_throttled(text: str) -> None:
+    """Log a trouble that may last, once in a while."""
+    now = time.monotonic()
+    if now - LAST_LOGGED.get(text, -QUIET) >= QUIET:
+        LAST_LOGGED[text] = now
+        log_error(text)
 
-# ---- 10. Processes ----------------------------------------------------------
-# The parent binds, forks, reaps and watches; it never touches a connection. A child accepts one connection (or more,
-# by --connections-per-child), serves it and exits. All children share the listening socket; one of them always waits
-# in accept(), forked ahead, so that the fork is off the way of the client. fork(2), waitpid(2), signal(7).
-#
-# What parent and children share is the scoreboard: a row of times, one slot for each child, in anonymous memory. A
-# slot has one writer at a time: the child while it lives, the parent before the fork, after the reaping, and when the
-# child is stuck. From it alone the parent knows whether a child is spare, who is idle, and whose request is overdue.
 
-SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)
-LISTEN_FD = 3  # where sd_listen_fds(3) has the first socket
-IT_LOADS = 93  # the exit status of a check that got as far as to serve
-OWN_SOCKET = "webserver.py"  # its name, if it was this program that opened it, before a reload
+def log_exception(error: BaseException, line: bytes = b"") -> None:
+    """Write the traceback to stderr, from the first frame on that is neither the server's nor the import system's.
 
-
-class Server:
-    """Owns the listening socket, the scoreboard and the children; in a child, what of these is its own."""
-
-    serve: Service
-
-    def __init__(self, listener: socket.socket, options: Options) -> None:
-        self.listener, self.options = listener, options
-        self.family = int(listener.family)
-        self.pid = os.getpid()  # the parent's
-        self.child_pid = self.pid if options.no_fork else 0  # in a child, its own
-        self.board, self.times, self.notes = make_scoreboard(options.max_connections + 1)
-        self.free_slots = list(range(options.max_connections))[::-1]  # low ones first, where `has_spare` finds them
-        self.elder_slot = options.max_connections  # of all that were left by a reload, and of the process of --no-fork
-        self.elders_by = time.monotonic() + options.graceful_timeout  # when those must have finished
-        self.children = dict.fromkeys(map(int, os.environ.pop("WEBSERVER_CHILDREN", "").split()), self.elder_slot)
-        self.asked = set(self.children)  # children that were asked to finish
-        self.activity = Activity(self.times, self.notes, self.elder_slot)  # a child's; its slot is set before the fork
-        self.wake_read, self.wake_write = os.pipe()
-        self.signals: list[int] = []  # that came and were not obeyed yet
-        self.is_hearing = False  # signals are caught
-        self.is_forking = False  # a child of ours is being born
-        self.masks: list[Any] = []  # of the signals that were blocked before other forks under way
-        self.suspects: set[int] = set()  # spare children that had not taken a newcomer at the last TICK
-        self.deaths = 0  # of children in a row that no connection had reached
-        self.next_fork = self.next_ask = self.next_tick = 0.0  # not before these times
-        self.stop_by: float | None = None  # when the children must have finished; None while serving
-        self.checker = 0  # the pid of the process that tries new code, 0 if there is none
-        self.check_by = 0.0  # when it must have finished
-        self.wants_check = False  # something has changed meanwhile
-        self.socket_path = os.path.abspath(options.bind[5:]) if options.bind.startswith("unix:") else ""
-        self.socket_file = identify_file(self.socket_path)
-        self.sources: dict[str, int] = {}  # the source files and when they were changed, under --reload
-        self.totals = {"connections": 0, "forks": 0, "reaped": 0, "timeouts": 0, "crashes": 0}
-        self.last_said: dict[str, float] = {}
-
-    def run(self, serve: Service) -> None:
-        """The parent's life: keep a child spare, sleep until something happens, and look after what did."""
-        self.serve = serve
-        self.sources = list_sources() if self.options.reload else {}
-        notify("READY=1")
-        if self.options.no_fork:
-            self.serve_connections()
-            return
-        while self.is_listening() or self.children:
-            self.keep_spare()
-            self.sleep()
-            self.obey()
-            self.reap()
-            self.watch(time.monotonic())
-
-    # Signals are data: the handler notes the number, a byte in the wake-up pipe ends the sleep, and the loop does what
-    # was asked. So nothing happens between two lines of the parent that is not written there (signal(7)).
-
-    def catch_signals(self) -> None:
-        """Have signals noted from now on; a reload has kept them blocked until here.
-
-        Once more when the application is loaded: it may have set handlers, or blocked signals, that are the server's.
-        """
-        os.set_blocking(self.wake_read, False)
-        os.set_blocking(self.wake_write, False)
-        signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
-        for signum in SIGNALS:
-            if signum != signal.SIGINT or not self.options.no_fork:  # there it is for the debugger
-                signal.signal(signum, self.on_signal)
-        if not self.is_hearing:
-            self.is_hearing = True
-            hooks = {"after_in_parent": self.unblock_signals, "after_in_child": self.disown}
-            os.register_at_fork(before=self.block_signals, **hooks)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
-    def on_signal(self, signum: int, frame: Any) -> None:
-        """Handle a signal: the parent notes it, in a child it concerns the connection."""
-        if self.child_pid:
-            since = self.times[self.activity.slot]
-            if signum == signal.SIGTERM:
-                self.finish()
-            elif signum == signal.SIGALRM and FREE < since < time.monotonic() - self.options.timeout and not self.masks:
-                raise Overdue  # else the request was done when the signal came, or a fork is under way
-        else:
-            self.signals.append(signum)
-
-    # CPython drops a signal that comes between fork(2) and the return of os.fork(). A child of ours hears it again at
-    # the next TICK. Around a fork of the application signals wait, and the new process loses what it never asked for.
-
-    def block_signals(self) -> None:
-        """Let signals wait; forks in several threads may be under way."""
-        if not self.is_forking:
-            self.masks.append(())  # from here on no request is interrupted
-            self.masks[-1] = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-
-    def unblock_signals(self) -> None:
-        """Let them come as before."""
-        if not self.is_forking:
-            signal.pthread_sigmask(signal.SIG_SETMASK, self.masks[-1])
-            self.masks.pop()
-
-    def disown(self) -> None:
-        """Give up, in a process of the application, what is the server's: it must neither answer nor hold the port."""
-        if not self.is_forking:
-            signal.set_wakeup_fd(-1)
-            self.board, self.times, self.notes = make_scoreboard(1)  # of its own
-            self.activity.times, self.activity.notes, self.activity.slot = self.times, self.notes, 0
-            self.listener.close()
-            if self.activity.sock:
-                self.activity.sock.close()
-            for signum in SIGNALS:
-                if signal.getsignal(signum) == self.on_signal:
-                    signal.signal(signum, signal.SIG_DFL)
-            self.unblock_signals()
-
-    def fork(self) -> int:
-        """Return the pid of a new child, 0 in the child; -1 if the system is short of memory or processes."""
-        self.is_forking = True
-        try:
-            pid = os.fork()
-        except OSError as error:  # EAGAIN, ENOMEM
-            self.say("cannot fork: %s" % error.strerror)
-            pid = -1
-        if pid == 0:
-            signal.set_wakeup_fd(-1)
-            self.child_pid = self.activity.pid = os.getpid()
-        self.is_forking = False
-        return pid
-
-    def sleep(self) -> None:
-        """Return when a signal, a child or, at the cap, a newcomer asks for something; after a TICK at most."""
-        now = time.monotonic()
-        pause = TICK if self.stop_by is None and not self.sources else TICK / 4
-        for when in (self.next_ask, self.next_fork):
-            if now < when:
-                pause = min(pause, when - now)
-        awaited = [self.wake_read]
-        if self.stop_by is None and self.is_full() and now >= self.next_ask:
-            awaited.append(self.listener.fileno())
-        wait_readable(awaited, pause)
-        try:
-            os.read(self.wake_read, 256)
-        except BlockingIOError:
-            pass  # nobody rang
-
-    def obey(self) -> None:
-        """Do what the signals ask; SIGCHLD only ends the sleep."""
-        while self.signals:
-            signum = self.signals.pop(0)
-            if signum in (signal.SIGTERM, signal.SIGINT):
-                self.stop()
-            elif signum == signal.SIGHUP:
-                self.reload()
-            elif signum == signal.SIGUSR1:
-                self.report()
-
-    # Birth
-
-    def is_listening(self) -> bool:
-        """Return whether the listening socket is still open."""
-        return self.listener.fileno() >= 0
-
-    def has_spare(self) -> bool:
-        """Return whether a child waits in accept()."""
-        return self.board.find(SPARE, 0, self.times.nbytes) >= 0  # much faster than to look at each
-
-    def has_room(self) -> bool:
-        """Return whether the cap allows one more child."""
-        return len(self.children) < self.options.max_connections
-
-    def is_full(self) -> bool:
-        """Return whether for who knocks now somebody would have to leave."""
-        return not self.has_room() and not self.has_spare()
-
-    def keep_spare(self) -> None:
-        """Fork a child if none waits in accept() and the cap allows one more."""
-        may_fork = self.has_room() and self.is_listening() and time.monotonic() >= self.next_fork
-        if self.has_spare() or not may_fork:  # asked once: a child may come back to accept() at any time
-            self.times[WANTED] = FREE
-            return
-        slot = self.activity.slot = self.free_slots.pop()
-        self.activity.is_finishing = self.stop_by is not None
-        self.times[slot] = ACCEPTING
-        pid = self.fork()
-        if pid == 0:
-            self.live()
-        elif pid > 0:
-            self.children[pid] = slot
-            self.totals["forks"] += 1
-        else:
-            self.free_slot(slot)
-            self.next_fork = time.monotonic() + TICK
-
-    # Death
-
-    def reap(self) -> None:
-        """Collect every child that has ended: until then it is a zombie, a pid and a wait status in the kernel.
-
-        SIGCHLD says that some have, not how many: signals merge. So this asks until there is none, and does not block
-        for those that live (waitpid(2)). A pid that is not ours was orphaned and given to us, as to any PID 1.
-        """
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            self.totals["reaped"] += 1
-            if pid == self.checker:
-                self.end_check(status)
-            elif pid in self.children:
-                self.bury(pid, self.children.pop(pid), status)
-
-    def bury(self, pid: int, slot: int, status: int) -> None:
-        """Free the slot of a child that was reaped, and say so if it did not end by itself."""
-        was_asked, was_accepting = pid in self.asked, self.times[slot] == ACCEPTING
-        self.totals["connections"] += NOTE.unpack_from(self.notes, slot * NOTE_SIZE)[0]
-        if status:
-            self.totals["crashes"] += 1
-            _, _, client, line = self.read_note(slot)
-            doing = "waiting" if was_accepting else 'serving %s "%s"' % (client, line)
-            log_error("child %d %s while %s" % (pid, describe_end(status), doing))
-        if was_asked:
-            self.next_ask = 0.0  # it has made room: the next newcomer need not wait longer
-        self.asked.discard(pid)
-        self.free_slot(slot)
-        if not was_accepting:
-            self.deaths = 0
-        elif not was_asked:  # back off, or children that cannot live would be a fork storm
-            self.deaths += 1
-            self.next_fork = time.monotonic() + min(0.01 * 2 ** min(self.deaths, 7), TICK)
-
-    def free_slot(self, slot: int) -> None:
-        """Take back a slot."""
-        if slot != self.elder_slot:
-            NOTE.pack_into(self.notes, slot * NOTE_SIZE, 0, 0, b"", b"")
-            self.times[slot] = FREE
-            self.free_slots.append(slot)
-
-    def read_note(self, slot: int) -> tuple[int, int, str, str]:
-        """Return what the child in the slot noted: connections and requests so far, client and request-line."""
-        connections, requests, client, head = NOTE.unpack_from(self.notes, slot * NOTE_SIZE)
-        client, line = client.partition(b"\0")[0], re.split(b"[\r\0]", head.lstrip(b"\r\n"))[0]
-        return connections, requests, escape(client.decode("latin-1")), escape(line.decode("latin-1"))
-
-    # Watch
-
-    def watch(self, now: float) -> None:
-        """Enforce what time enforces."""
-        if self.stop_by is not None:
-            self.go_on_stopping(now, self.stop_by)
-        elif now >= self.next_ask and self.is_full() and self.has_newcomers():
-            self.make_room(now)
-        if now >= self.next_tick:
-            self.next_tick = now + TICK
-            self.enforce_deadlines(now)
-            self.look_after_spares()
-            for pid in self.asked:  # again: a child may have been too young to hear it, or just about to wait
-                self.ask(pid)
-        if self.options.reload and not self.checker and (sources := list_sources()) != self.sources:
-            self.sources = sources
-            self.reload()
-
-    def has_newcomers(self) -> bool:
-        """Return whether a connection waits in the kernel's queue."""
-        return wait_readable([self.listener.fileno()], 0)
-
-    def make_room(self, now: float) -> None:
-        """Ask the connection that has been idle longest to give way, else the busy one of the oldest request."""
-        self.say("all %d connections are taken: idle ones give way" % self.options.max_connections)
-        self.next_ask = now + 2 * LAST_CALL
-        present = [(self.times[slot], pid) for pid, slot in self.children.items() if pid not in self.asked]
-        idle = [entry for entry in present if entry[0] < FREE]
-        busy = [entry for entry in present if FREE < entry[0] < ACCEPTING]
-        if idle or busy:
-            self.ask(max(idle)[1] if idle else min(busy)[1])
-
-    def look_after_spares(self) -> None:
-        """Ask a quarter of the spare children beyond the one to leave: a burst is forgotten in some seconds.
-
-        One that has let a newcomer wait for two TICKs in a row is stuck, or was stopped: it counts as spare no more.
-        """
-        spare = {pid for pid, slot in self.children.items() if self.times[slot] == ACCEPTING and pid not in self.asked}
-        for pid in list(spare)[: (len(spare) + 2) // 4]:
-            self.ask(pid)
-        has_newcomers = self.is_listening() and self.has_newcomers()
-        for pid in spare & self.suspects if has_newcomers else ():
-            if self.times[self.children[pid]] == ACCEPTING:
-                self.times[self.children[pid]] = FREE
-        self.suspects = spare if has_newcomers else set()
-
-    def ask(self, pid: int) -> None:
-        """Ask a child to finish: to answer the request in hand and close, at once if it is idle."""
-        self.asked.add(pid)
-        os.kill(pid, signal.SIGTERM)  # until it is reaped, the pid cannot be anybody else's
-
-    def enforce_deadlines(self, now: float) -> None:
-        """Interrupt requests that made no progress for too long; kill what takes no notice."""
-        for pid, slot in self.children.items():
-            since = self.times[slot]  # read once: it changes under our eyes
-            overdue = now - since - self.options.timeout
-            if FREE < since < ACCEPTING and overdue > ALARM_SLACK:
-                self.totals["timeouts"] += overdue <= ALARM_SLACK + TICK
-                os.kill(pid, signal.SIGALRM if overdue < KILL_AFTER else signal.SIGKILL)
-        if self.checker and now >= self.check_by:
-            os.kill(self.checker, signal.SIGKILL)
-        if now >= self.elders_by:
-            self.kill_all([pid for pid, slot in self.children.items() if slot == self.elder_slot])
-
-    def kill_all(self, pids: list[int]) -> None:
-        """End those that have had their time to finish."""
-        if pids:
-            log_error("children that have not finished and are killed: %d" % len(pids))
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-
-    def say(self, text: str) -> None:
-        """Log a trouble, once in a while if it lasts."""
-        now = time.monotonic()
-        if now - self.last_said.get(text, -QUIET) >= QUIET:
-            self.last_said[text] = now
-            log_error(text)
-
-    def report(self) -> None:
-        """Print who does what to stderr."""
-        now = time.monotonic()
-        rows = [(pid, self.times[slot], *self.read_note(slot)) for pid, slot in sorted(self.children.items())]
-        log_error("%7s %-8s %8s %8s  %s" % ("pid", "state", "age", "requests", "client and request"))
-        for pid, since, _, requests, client, line in rows:
-            state = {ACCEPTING: "waiting", FREE: "leaving"}.get(since, "idle" if since < FREE else "busy")
-            age = "%.1f s" % (now - abs(since)) if state in ("idle", "busy") else "-"
-            log_error("%7d %-8s %8s %8d  %s %s" % (pid, state, age, requests, client, line))
-        totals = {**self.totals, "connections": self.totals["connections"] + sum(row[2] for row in rows)}
-        log_error("in all: " + ", ".join("%d %s" % (number, name) for name, number in totals.items()))
-
-    # Stop
-
-    def stop(self) -> None:
-        """Stop gracefully; at the second request, at once."""
-        if self.stop_by is not None:
-            self.stop_by = 0.0
-            return
-        notify("STOPPING=1")
-        self.stop_by = time.monotonic() + self.options.graceful_timeout
-        if self.checker:
-            os.kill(self.checker, signal.SIGKILL)
-        for pid in self.children:
-            self.ask(pid)
-        if not self.options.bind.startswith("fd:"):  # that is somebody else's, who may want it back
-            self.listener.listen(0)  # the kernel takes no more for us; those that it has are served before the end
-
-    def go_on_stopping(self, now: float, stop_by: float) -> None:
-        """Close the listening socket when its queue is empty, let the children finish, kill what is left at the end."""
-        if self.is_listening() and (now >= stop_by - self.options.graceful_timeout / 2 or not self.has_newcomers()):
-            self.listener.close()
-            if self.socket_file and identify_file(self.socket_path) == self.socket_file:
-                with suppress(OSError):  # we may no more
-                    os.unlink(self.socket_path)
-            for pid in self.children.keys() - self.asked:
-                self.ask(pid)
-        if now >= stop_by:
-            self.kill_all(list(self.children))
-
-    # Reload
-
-    def reload(self) -> None:
-        """Try the code as it is now in a fresh interpreter; only if it loads there, `replace` follows."""
-        self.wants_check = bool(self.checker)  # then once more when that has ended
-        if self.checker or self.stop_by is not None:
-            return
-        self.check_by = time.monotonic() + CHECK_TIMEOUT
-        pid = self.fork()
-        if pid == 0:
-            start_again(WEBSERVER_CHECK="1")
-        self.checker = max(pid, 0)
-        if pid < 0:
-            self.end_check(1)
-
-    def end_check(self, status: int) -> None:
-        """Hear what became of the check."""
-        self.checker = 0
-        if self.wants_check:
-            self.reload()
-        elif os.WIFEXITED(status) and os.WEXITSTATUS(status) == IT_LOADS:
-            self.replace()
-        elif self.stop_by is None:
-            log_error("the new code does not load: the old code goes on")
-            notify_reloading()
-            notify("READY=1")  # else the manager would wait for the end of the reload that it has asked for
-
-    def replace(self) -> None:
-        """Become the new program, with the same pid and the same socket, which it gets as systemd would hand it over.
-
-        Who connects meanwhile waits in the kernel's queue. The children finish, and are reaped by the new program.
-        Signals stay blocked until it can hear them (sd_listen_fds(3), execve(2)).
-        """
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        self.obey()
-        if self.stop_by is not None or self.checker:  # that was asked for just now
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            return
-        notify_reloading()
-        for pid in self.children:
-            self.ask(pid)
-        os.dup2(self.listener.fileno(), LISTEN_FD)
-        os.set_inheritable(LISTEN_FD, True)
-        name = "" if self.options.bind.startswith("fd:") else OWN_SOCKET
-        children = " ".join(map(str, self.children))
-        start_again(LISTEN_FDS="1", LISTEN_PID=str(self.pid), LISTEN_FDNAMES=name, WEBSERVER_CHILDREN=children)
-
-    # In the child
-
-    def live(self) -> NoReturn:
-        """The child's life, from fork to exit: nothing returns from here into the code of the parent."""
-        status = 1
-        try:
-            os.close(self.wake_read)
-            atexit._clear()  # what the parent registered is the parent's to run
-            self.serve_connections()
-            self.activity.renew()  # the exit, too, has a deadline
-            status = 0
-        except SystemExit as error:  # of a process that the application has forked
-            status = error.code if isinstance(error.code, int) else int(error.code is not None)
-        except BaseException as error:
-            log_exception(error)
-        finally:
-            exit_child(status)
-
-    def serve_connections(self) -> None:
-        """Accept connections and serve them one by one, as many as this process may."""
-        self.times[WANTED] = FREE
-        left = self.options.connections_per_child  # 0 never comes to 0 again
-        while accepted := self.accept():
-            sock, address = accepted
-            left -= 1
-            self.activity.connect(sock, str(address[0]) if isinstance(address, tuple) else "unix")
-            try:
-                if not self.has_spare():
-                    self.times[WANTED] = 1.0
-                    os.write(self.wake_write, b"\0")
-            except OSError:
-                pass  # the pipe is full of reasons to wake up, or nobody is left to read them
-            if left == 0:  # close what is needed no more, before an application can hand it on
-                self.listener.close()
-                os.close(self.wake_write)
-            self.serve(sock, address, self.activity)
-            if left == 0:
-                return
-            self.times[self.activity.slot] = ACCEPTING
-
-    def accept(self) -> tuple[socket.SocketType, Any] | None:
-        """Return the next connection; None when there will be none for this child.
-
-        This is what listener.accept() does, but for two enumerations and a layer of methods around the socket that
-        nobody here needs: without them a child takes 40 % more connections in a second.
-        """
-        listener: Any = self.listener  # for its type knows no _accept
-        while self.pid in (os.getppid(), self.child_pid):  # our parent lives, or this is it; else free the port
-            try:
-                fd, address = listener._accept()
-                sock = socket.SocketType(self.family, socket.SOCK_STREAM, 0, fd)
-                sock.setblocking(True)  # whatever an application has made the default: else SO_RCVTIMEO means nothing
-                return sock, address
-            except (BlockingIOError, ConnectionAbortedError):
-                pass  # nobody came within a TICK, or somebody has gone again
-            except OSError as error:
-                if error.errno == errno.EBADF:  # `finish` has closed the listener
-                    return None
-                self.say("cannot accept: %s" % error.strerror)  # EMFILE, ENFILE, ENOBUFS, ENOMEM
-                time.sleep(TICK)
-        return None
-
-    def finish(self) -> None:
-        """Accept no more, answer the request in hand and close; when idle, after LAST_CALL.
-
-        To close the listener makes accept() fail if it is under way, and harms nothing if it has just returned: an
-        exception raised from here would lose the connection. Likewise a shorter timeout ends the wait for a request
-        and does not lose one that has just come.
-        """
-        activity = self.activity
-        activity.is_finishing = True
-        self.listener.close()
-        since = self.times[activity.slot]
-        if activity.sock and since < FREE:
-            waited = time.monotonic() + since  # which is negative: it is idle
-            with suppress(OSError):  # closed already
-                patience = make_timeval(max(LAST_CALL - waited, 0))
-                activity.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
-
-
-# How this program was started, for a reload to start it again. Not as it is now: an application may have changed all.
-STARTED_IN, STARTED_WITH = os.getcwd(), dict(os.environ)
-STARTED_AS = [sys.executable, *getattr(sys, "orig_argv", [sys.executable, *sys.argv])[1:]]
-
-
-def describe_end(status: int) -> str:
-    """Return how a process has ended by its wait status (waitpid(2))."""
-    if not os.WIFSIGNALED(status):
-        return "exited with %d" % os.WEXITSTATUS(status)
-    number = os.WTERMSIG(status)
-    return "died of " + ("signal %d" % number if number not in set(signal.Signals) else signal.Signals(number).name)
-
-
-def wait_readable(fds: list[int], seconds: float) -> bool:
-    """Wait until one of the descriptors has something to read, so many seconds at most; return whether one has."""
-    poller = select.poll()  # not select(2): that ends at descriptor 1023
-    for fd in fds:
-        poller.register(fd, select.POLLIN)
-    return bool(poller.poll(seconds * 1000))
-
-
-def start_again(**environ: str) -> NoReturn:
-    """Replace this process by the program as it was started, with these variables in its environment (execve(2))."""
+    An exception may refuse to be formatted, in any way that its class can think of; then its class is all that is told.
+    """
+    if line:
+        log_error('error in "%s"' % escape(line.decode("latin-1")))
     try:
-        os.chdir(STARTED_IN)
-        os.execve(sys.executable, STARTED_AS, {**STARTED_WITH, **environ})
-    except OSError as error:
-        log_error("cannot start %s again: %s" % (sys.executable, error.strerror))
-    finally:
-        os._exit(1)
+        import traceback
+
+        trace = error.__traceback__
+        while trace and (trace.tb_frame.f_globals is globals() or "importlib" in trace.tb_frame.f_code.co_filename):
+            trace = trace.tb_next
+        text = "".join(traceback.format_exception(type(error), error, trace))
+        if len(text) > MAX_TRACEBACK:
+            text = "%s\n[...]\n%s" % (text[: MAX_TRACEBACK // 2], text[-MAX_TRACEBACK // 2 :])
+        log_error(text)
+    except BaseException as failure:
+        names = object.__repr__(error).split()[0][1:], object.__repr__(failure).split()[0][1:]
+        log_error("%s, whose traceback cannot be formatted: %s" % names)
+
+
+# ---- Part two: processes ----------------------------------------------------
+# accept -> rest -> a whole head -> queue -> child: requests -> silence -> rest
+# fork -> receive a connection -> serve -> exit -> reap
+#
+# The parent accepts, and holds the connections that nobody works at. When the head of a request is there, it puts the
+# connection into the queue, and whichever child waits there takes it. A child gives a connection back when its client
+# has been silent for a second. The parent reads no byte of a client and calls no application.
+#
+# ---- 10. Listening socket ---------------------------------------------------
+# An address -> a socket that listens: opened here, or inherited from a service manager (socket(7), sd_listen_fds(3)).
+
+BACKLOG = 1024  # connections that the kernel may hold for us; it caps the number at net.core.somaxconn
+LISTEN_FD = 3  # where sd_listen_fds(3) has the first socket
+STREAM = int(socket.SOCK_STREAM)  # as a plain number: its enumeration costs each fork some pages
+
+
+class Listener:
+    """Owns the listening socket, and the file of a unix socket that was bound here."""
+
+    def __init__(self, sock: socket.socket, bind: str) -> None:
+        self.sock, self.family, self.is_unix = sock, int(sock.family), sock.family == socket.AF_UNIX
+        self.is_foreign = bind.startswith("fd:")  # somebody else's, who may want it back
+        self.path = os.path.abspath(bind[5:]) if bind.startswith("unix:") else ""
+        self.file = identify_file(self.path)
+        sock.setblocking(False)
+        set_clock(sock)  # also for accept, should another holder of the socket make it blocking again
+        if not self.is_unix:  # inherited by each connection, as the clock is (tcp(7))
+            # Else a small block waits 40 ms for the acknowledgement of the one before.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if hasattr(socket, "TCP_DEFER_ACCEPT"):  # accepted when bytes are there: most of the heads are whole then
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, int(HEAD_TIMEOUT))
+
+    def accept(self) -> socket.SocketType:
+        """Return the next connection; OSError as from accept(2), BlockingIOError if nobody waits.
+
+        This is socket.accept without two enumerations and a layer of methods around the socket that nobody here needs:
+        40 % more connections in a second. `_accept` is private to CPython, and the same since 3.0.
+        """
+        listener: Any = self.sock  # for its type knows no _accept
+        sock = socket.SocketType(self.family, STREAM, 0, listener._accept()[0])
+        if self.is_unix:
+            set_clock(sock)
+        return sock
+
+    def is_open(self) -> bool:
+        """Return whether it still listens."""
+        return self.sock.fileno() >= 0
+
+    def close(self) -> None:
+        """Listen no more, and remove the file, unless another server has put its own there."""
+        self.sock.close()
+        if self.file and identify_file(self.path) == self.file:
+            with suppress(OSError):  # we may no more
+                os.unlink(self.path)
+
+
+def set_clock(sock: socket.SocketType) -> None:
+    """Have each wait on the socket end after a second."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, ONE_SECOND)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, ONE_SECOND)
 
 
 def identify_file(path: str) -> tuple[int, int] | None:
@@ -1707,343 +1407,19 @@ def identify_file(path: str) -> tuple[int, int] | None:
     return None
 
 
-def list_sources() -> dict[str, int]:
-    """Return when the sources were changed, also those never imported: one of them may be what breaks an import."""
-    files = [getattr(module, "__file__", None) or "" for module in list(sys.modules.values())]
-    folders = {os.path.dirname(os.path.abspath(file)) for file in files if file.endswith(".py")}
-    installed = re.compile("%s/|.*/(site|dist)-packages/" % re.escape(os.path.dirname(os.__file__)))
-    times = {}
-    for folder in (folder for folder in folders if not installed.match(folder + "/")):
-        with suppress(OSError):  # the folder went while we looked
-            for path in (os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".py")):
-                with suppress(OSError):  # the file did, or is a link that leads nowhere
-                    times[path] = os.stat(path).st_mtime_ns
-    return times
-
-
-def notify(state: str) -> None:
-    """Tell the service manager that started us, if it asked to be told (sd_notify(3))."""
-    if path := os.environ.get("NOTIFY_SOCKET", ""):
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.setblocking(False)  # it may not be listening any more
-                sock.sendto(state.encode(), "\0" + path[1:] if path[0] == "@" else path)
-        except OSError as error:
-            log_error("cannot notify %s: %s" % (path, error.strerror or error))
-
-
-def notify_reloading() -> None:
-    """Tell it that a reload has begun; READY=1 ends it."""
-    notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
-
-
-def make_scoreboard(slots: int) -> tuple[mmap.mmap, memoryview[float], memoryview]:
-    """Return memory that stays shared over fork (mmap(2), MAP_SHARED), and in it the times and notes of the slots."""
-    slots += 1  # WANTED
-    board = mmap.mmap(-1, slots * (8 + NOTE_SIZE))
-    return board, memoryview(board)[: slots * 8].cast("d"), memoryview(board)[slots * 8 :]
-
-
-def exit_child(status: int) -> NoReturn:
-    """End the process as the interpreter would (threads, exit handlers, buffers), with no way back to the caller."""
-    try:
-        if "threading" in sys.modules:
-            sys.modules["threading"]._shutdown()
-        atexit._run_exitfuncs()
-        flush_output()
-    finally:
-        os._exit(status)
-
-
-def flush_output() -> None:
-    """Write out what the streams of Python hold."""
-    for file in (sys.stdout, sys.stderr):
-        try:
-            file.flush()
-        except (AttributeError, OSError, ValueError):
-            pass  # there is none, or nobody reads it, or it was closed
-
-
-# ---- 11. Command line -------------------------------------------------------
-# Words -> options, an application and a listening socket. Every mistake of the user is one sentence that says what to
-# do; only a fault inside the user's own module shows a traceback, and only the user's part of it.
-
-
-class StartError(Exception):
-    """One sentence for the person at the command line, and the exit status: 2 for usage, else 1."""
-
-    def __init__(self, sentence: str, status: int = 1) -> None:
-        super().__init__(sentence)
-        self.status = status
-
-
-def main() -> int:
-    """Run the command line; return the exit status."""
-    name, options = parse_command_line(sys.argv[1:])
-    sys.path.insert(0, os.getcwd())
-    try:
-        start(partial(load_application, name), options)
-    except StartError as reason:
-        write_line(2, "webserver.py: %s" % reason)
-        return reason.status
-    except KeyboardInterrupt:  # before the loop, or with --no-fork
-        return 130
-    return 0
-
-
-def serve(application: Application, **options: Any) -> None:
-    """Serve the application until SIGTERM or SIGINT; the options are the fields of Options. Raises StartError."""
-    start(lambda: application, Options(**options))
-
-
-def start(load: Callable[[], Application], options: Options) -> None:
-    """Bind, drop privileges, load, and serve.
-
-    Here the two halves meet: the server gets one callable, and does not know what it says to the client.
-    """
-    options = check_options(options)
-    open_standard_files()
-    if options.check:
-        print("the application loads: %r" % (load(),))
-        return
-    if "WEBSERVER_CHECK" in os.environ:
-        load()
-        raise SystemExit(IT_LOADS)
-    listener = inherit_listener()
-    if listener and os.environ.pop("LISTEN_FDNAMES", "") != OWN_SOCKET:
-        options = options._replace(bind="fd:%d" % LISTEN_FD)
-    listener = listener or open_listener(options.bind)
-    if options.user:
-        drop_privileges(options.user)
-    is_reload = "WEBSERVER_CHILDREN" in os.environ
-    server = Server(listener, options)
-    if is_reload:
-        server.catch_signals()  # at a first start, not before the application is loaded: Ctrl-C ends that as anything
-    try:
-        application = load()
-    except StartError:
-        if is_reload:  # it did load when it was checked
-            time.sleep(TICK)
-            server.replace()  # try again; it comes back only if the server is to stop
-        raise
-    server.catch_signals()
-    prepare_to_fork()
-    if os.geteuid() == 0:
-        log_error("running as root: let --user NAME give that up once the address is bound")
-    log_error("serving on %s, pid %d" % (describe_address(listener), os.getpid()))
-    server.run(partial(serve_connection, application, options))
-
-
-def open_standard_files() -> None:
-    """See that descriptors 0 to 2 are open: else a connection would get one of them, and with it what is logged."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(fd, True)
-    os.close(fd)
-    sys.stderr = sys.stderr or io.TextIOWrapper(io.FileIO(2, "w", closefd=False), line_buffering=True)
-    faulthandler.enable(2)  # the Python stack of a segfault
-
-
-def prepare_to_fork() -> None:
-    """Leave nothing behind that a fork would double, lose or copy for no use."""
-    if (threading := sys.modules.get("threading")) and threading.active_count() > 1:
-        names = ", ".join(thread.name for thread in threading.enumerate()[1:])
-        log_error("the application has started threads, which no child will have (%s)" % names)
-    warm_up()
-    flush_output()  # else each child would flush a copy
-    gc.collect()
-    gc.freeze()  # a collection in a child would write to, and so copy, all that it inherited
-
-
-def warm_up() -> None:
-    """Serve some requests to ourselves, before the first fork.
-
-    What the interpreter learns from them, specialised bytecode and filled caches, every child inherits, and need not
-    learn on pages of its own: 9 % more connections in a second.
-    """
-    options = Options(access_log="off", max_connections=1, connections_per_child=12, no_fork=True)
-    with suppress(OSError), socket.socket(socket.AF_UNIX) as listener:  # no such sockets, or short of descriptors
-        listener.bind("")
-        listener.listen(options.connections_per_child)
-        clients = [socket.socket(socket.AF_UNIX) for _ in range(options.connections_per_child + 3)]
-        for _ in range(3):
-            clients.pop().close()  # so many are free for the pipe of the server and for one connection
-        for client in clients:
-            client.connect(listener.getsockname())
-            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\nConnection: close\r\n\r\n")
-        server = Server(listener, options)
-        server.serve = partial(serve_connection, show_environ, options)
-        server.serve_connections()
-        os.close(server.wake_read)
-
-
-def parse_command_line(words: list[str]) -> tuple[str, Options]:
-    """Return the name of the application, "" if there is none, and the options; exit with 2 on a mistake."""
-    parser = argparse.ArgumentParser(
-        prog="webserver.py", usage=argparse.SUPPRESS, allow_abbrev=False, description=USAGE, epilog=ENVIRONMENT,
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=80),  # else it imports shutil
-    )  # fmt: skip
-    parser.add_argument("application", nargs="?", default="", help=argparse.SUPPRESS)
-    for flags, metavar, convert, text in OWN_OPTIONS:
-        if convert is bool:
-            parser.add_argument(flags, action="store_true", help=text)
-            continue
-        default = getattr(Options(), flags.split()[-1][2:].replace("-", "_"))
-        text += " (%(default)s)" if default else ""
-        parser.add_argument(*flags.split(), metavar=metavar, type=convert, default=default, help=text)
-    parser.add_argument("--version", action="version", version=PRODUCT)
-    for flags, text in FOREIGN_OPTIONS:
-        refuse, hide = partial(refuse_option, text), argparse.SUPPRESS
-        parser.add_argument(*flags.split(), nargs="?", const="", type=refuse, default=hide, help=hide)
-    values = vars(parser.parse_args(words))
-    return values.pop("application"), Options(**values)
-
-
-def parse_value(pattern: str, convert: Callable[[str], Any], complaint: str, text: str) -> Any:
-    """Return the value of an option whose text the pattern matches."""
-    if not re.fullmatch(pattern, text):
-        raise argparse.ArgumentTypeError(complaint % text)
-    return convert(text)
-
-
-def refuse_option(sentence: str, _: str) -> NoReturn:
-    """Say what to do instead of an option that other servers have."""
-    raise argparse.ArgumentTypeError(sentence)
-
-
-USAGE = """webserver.py [options] [module:app | module:factory()]
-
-A WSGI server: every connection is served by a process of its own. Without an
-application it shows a page with the environ that an application would see."""
-
-ENVIRONMENT = """environment: PORT serves on all addresses at this port; LISTEN_FDS with LISTEN_PID,
-and NOTIFY_SOCKET, as systemd sets them."""
-
-LOG_STYLES = ("combined", "json", "off")
-NUMBER = partial(parse_value, "[0-9]+", int, "not a whole number: %r")
-SECONDS = partial(parse_value, r"[0-9]+(\.[0-9]*)?|\.[0-9]+", float, "not a number of seconds: %r")
-
-OWN_OPTIONS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
-    ("-b --bind", "ADDRESS", str, "HOST:PORT, [::1]:PORT, :PORT (all addresses), unix:PATH, fd:N (127.0.0.1:8000)"),
-    ("-c --max-connections", "N", NUMBER, "connections at one time, each of them a process"),
-    ("-t --timeout", "S", SECONDS, "seconds that a request may take without progress"),
-    ("--keep-alive", "S", SECONDS, "seconds to wait for the next request on a connection, 0 for none"),
-    ("--graceful-timeout", "S", SECONDS, "seconds for the requests in hand when the server stops or reloads"),
-    ("--connections-per-child", "N", NUMBER, "connections that a process serves, one by one, 0 without end"),
-    ("--limit-request-body", "BYTES", NUMBER, "the largest body of a request"),
-    ("--user", "NAME[:GROUP]", str, "run as this user once the address is bound"),
-    ("--access-log", "FORMAT", str, "combined, json or off, on stdout"),
-    ("--reload", "", bool, "reload when a source file changes"),
-    ("--check", "", bool, "load the application, say what was found, and exit with 0 or 1"),
-    ("--no-fork", "", bool, "one process, one connection at a time, for a debugger"),
-)
-
-FOREIGN_OPTIONS = (
-    ("-w --workers", "there are none to count: every connection has a process; see --max-connections"),
-    ("--threads --worker-connections -k --worker-class", "every connection has a process; see --max-connections"),
-    ("-p --port --host", "give the address as --bind HOST:PORT"),
-    ("--max-requests", "a process ends with its connection; see --connections-per-child"),
-    ("-D --daemon --pid", "let the service manager do that"),
-)
-
-
-BOUNDS = (
-    ("max_connections", 1, 65536), ("timeout", 0.1, 1e6), ("keep_alive", 0, 1e6), ("graceful_timeout", 0, 1e6),
-    ("connections_per_child", 0, 1e9), ("limit_request_body", 0, 1e18),
-)  # fmt: skip
-
-
-def check_options(options: Options) -> Options:
-    """Return the options with what follows from the environment and from each other; refuse what cannot work."""
-    for name, low, high in BOUNDS:
-        if not low <= getattr(options, name) <= high:
-            raise StartError("--%s must be from %g to %g" % (name.replace("_", "-"), low, high), 2)
-    if options.access_log not in LOG_STYLES:
-        raise StartError("--access-log is %r, not one of %s" % (options.access_log, ", ".join(LOG_STYLES)), 2)
-    bind = options.bind or (":" + os.environ["PORT"] if os.environ.get("PORT") else "127.0.0.1:8000")
-    return options._replace(bind=bind, connections_per_child=0 if options.no_fork else options.connections_per_child)
-
-
-def drop_privileges(name: str) -> None:
-    """Become another user for good: supplementary groups, group, user, in the order that each step still may."""
-    import grp
-    import pwd
-
-    user, _, group = name.partition(":")
-    try:
-        entry = pwd.getpwnam(user)
-        gid = grp.getgrnam(group).gr_gid if group else entry.pw_gid
-        if os.geteuid() != entry.pw_uid:  # else a reload: it is done
-            os.initgroups(user, gid)
-            os.setgid(gid)
-            os.setuid(entry.pw_uid)
-    except KeyError:
-        raise StartError("there is no user or group %r" % name) from None
-    except OSError as error:
-        raise StartError("cannot become %r: %s; only root can" % (name, error.strerror)) from None
-
-
-# The application
-
-
-def load_application(name: str) -> Application:
-    """Return the application of a name such as `module:app`, `package.module` or `module:make_app()`."""
-    import importlib
-
-    module_name, colon, path = name.partition(":")
-    if not name:
-        return show_environ
-    if module_name.endswith(".py") or not all(part.isidentifier() for part in module_name.split(".")):
-        raise StartError("not the name of a module: %r; write module:app, without .py or /" % module_name, 2)
-    try:
-        module = importlib.import_module(module_name)
-        return find_application(module, path if colon else "application" if hasattr(module, "application") else "app")
-    except StartError:
-        raise
-    except (Exception, SystemExit) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name and (module_name + ".").startswith(error.name + "."):
-            where = "%s and the installed ones" % os.getcwd()
-            raise StartError("there is no module %r: looked in %s" % (module_name, where)) from None
-        log_exception(error)
-        raise StartError("%s does not load: see the traceback above" % name) from None
-
-
-def find_application(module: Any, path: str) -> Application:
-    """Return what the dotted path leads to; with `()` at its end, what that returns."""
-    found = module
-    for attribute in (path[:-2] if path.endswith("()") else path).split("."):
-        if not hasattr(found, attribute):
-            raise StartError("%s has no %r; it has %s" % (module.__name__, attribute, list_callables(module)))
-        found = getattr(found, attribute)
-    if path.endswith("()") and callable(found):
-        found = found()
-    if not callable(found):
-        raise StartError("%s:%s is not callable; there are %s" % (module.__name__, path, list_callables(module)))
-    application: Application = found
-    return application
-
-
-def list_callables(module: Any) -> str:
-    """Return the names of the module that could be meant."""
-    found = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-    own = [n for n in found if getattr(vars(module)[n], "__module__", module.__name__) == module.__name__]
-    return "these callables: " + ", ".join((own or found)[:12]) if found else "no callables"
-
-
-# The address
-
-
-def inherit_listener() -> socket.socket | None:
-    """Return the socket that a service manager, or a reload, has opened for us, if any (sd_listen_fds(3))."""
+def find_inherited_address() -> str:
+    """Return the address of the socket that a service manager has opened for us, "" if none has (sd_listen_fds(3))."""
     number, pid = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
     if pid != str(os.getpid()):
-        return None
+        return ""
     if number != "1":
         raise StartError("LISTEN_FDS is %s: pass one socket" % number)
-    return open_listener("fd:%d" % LISTEN_FD)
+    return "fd:%d" % LISTEN_FD
 
 
 def open_listener(bind: str) -> socket.socket:
-    """Return the listening socket for an address: HOST:PORT, :PORT, unix:PATH or fd:N."""
+    """Return the listening socket for an address: HOST:PORT, :PORT, unix:PATH or fd:N. StartError if there is none."""
     kind, _, rest = bind.partition(":")
     if kind == "unix" and not rest or kind == "fd" and not rest.isdigit():
         raise StartError("not an address: %r; write unix:PATH or fd:N" % bind, 2)
@@ -2060,13 +1436,6 @@ def open_listener(bind: str) -> socket.socket:
     except OSError as error:
         advice = ADVICE.get(error.errno or 0, "")
         raise StartError("cannot listen on %s: %s%s" % (bind, error.strerror or error, advice)) from None
-    listener.setblocking(True)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, make_timeval(TICK))  # accept() returns to look around
-    if listener.family != socket.AF_UNIX:
-        # Inherited by connections: else a small block waits 40 ms for the acknowledgement of the one before (tcp(7)).
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if hasattr(socket, "TCP_DEFER_ACCEPT"):  # a connection that a browser opens on speculation costs no process
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, int(HEAD_TIMEOUT))
     return listener
 
 
@@ -2122,12 +1491,1420 @@ def describe_address(listener: socket.socket) -> str:
     return "http://%s:%d/" % ("[%s]" % host if ":" in host else host, port)
 
 
-# The page without an application
+# ---- 11. Scoreboard ---------------------------------------------------------
+# What parent and children share: memory with a place for each child. Each entry has one writer at a time and is written
+# without a lock; state and time are one aligned double, so that nobody reads one without the other. From it the parent
+# knows who waits, whose request is overdue and what SIGUSR1 prints. A store costs 50 ns.
+
+STOPPING, PRESSED, WANTED = 1, 2, 4  # orders: responses close; requests wait and no child is to be had; one is forked
+TEXTS = struct.Struct("=44s196s")  # the client, and the request-line
+SLOT_SIZE = 36 * 8  # six numbers and the texts; small, so that the first slots share one page of memory
+
+
+class Scoreboard:
+    """Owns the shared memory (mmap(2), MAP_SHARED): the orders to all, and a row of each kind.
+
+    waiting   1 while the child waits at the queue: written by the child, before and after its life by the parent
+    since     seconds on the monotonic clock, by the same: positive while a request is in hand, negative while its
+              client is waited for, 0 while there is no connection
+    leave_by  when the child must have left, 0 if it may stay: written by the parent
+    pids      of the children, 0 where there is none: written by the parent
+    taken, requests   how many connections and requests there were: written by the child, as the texts are
+    """
+
+    def __init__(self, slots: int, fd: int = -1) -> None:
+        """Use the memory of the descriptor, with as many slots as it has for long; without one, memory of its own."""
+        self.fd = fd
+        self.memory = memoryview(mmap.mmap(fd, 8 + slots * SLOT_SIZE if fd < 0 else 0))
+        slots, stride = len(self.memory) // SLOT_SIZE, SLOT_SIZE // 8
+        doubles, numbers = self.memory.cast("d"), self.memory.cast("q")
+        self.orders, self.waiting, self.pids = numbers[:1], numbers[1::stride], numbers[4::stride]
+        self.since, self.leave_by = doubles[2::stride], doubles[3::stride]
+        self.taken, self.requests = numbers[5::stride], numbers[6::stride]
+        self.free = [slot for slot in range(slots) if not self.pids[slot]][::-1]  # low ones first
+        self.used = slots - len(self.free) and max(slot for slot in range(slots) if self.pids[slot]) + 1
+
+    def order(self, order: int, is_wanted: bool) -> None:
+        """Tell all children."""
+        if bool(self.orders[0] & order) != is_wanted:
+            self.orders[0] ^= order
+
+    def allot(self) -> int:
+        """Return a slot for a child that is to be forked: it counts as waiting from now on."""
+        slot = self.free.pop()
+        self.used = max(self.used, slot + 1)
+        self.waiting[slot] = 1
+        return slot
+
+    def clear(self, slot: int) -> None:
+        """Take back a slot."""
+        first = 8 + slot * SLOT_SIZE
+        self.memory[first : first + SLOT_SIZE] = bytes(SLOT_SIZE)
+        self.free.append(slot)
+
+    def read_texts(self, slot: int) -> tuple[str, str]:
+        """Return client and request-line of the child in the slot, as they may be printed."""
+        client, line = TEXTS.unpack_from(self.memory, 56 + slot * SLOT_SIZE)
+        return escape(client.rstrip(b"\0").decode("latin-1")), escape(line.rstrip(b"\0").decode("latin-1"))
+
+    def retire_all(self, leave_by: float) -> None:
+        """Tell all children.to leave, and by when; those that were told before keep their time."""
+        for slot, pid in enumerate(self.pids):
+            if pid:
+                self.leave_by[slot] = self.leave_by[slot] or leave_by
+
+
+class Slot:
+    """Owns a place on the scoreboard, in which the process that serves says what it does."""
+
+    __slots__ = ("board", "client", "index", "leave_by", "orders", "parent", "patience", "pid", "requests", "since")
+
+    def __init__(self, board: Scoreboard, patience: float = TICK) -> None:
+        self.client, self.requests = b"", 0
+        self.patience = patience  # how long a client may be silent before it is given back
+        self.attach(board, 0)
+
+    def attach(self, board: Scoreboard, index: int) -> None:
+        """Have this place from now on, for this process."""
+        self.board, self.index = board, index
+        self.since, self.leave_by, self.orders = board.since, board.leave_by, board.orders
+        self.pid, self.parent = os.getpid(), os.getppid()
+
+    def mark_waiting(self, is_waiting: bool) -> None:
+        """There is no connection in hand, and the next one is waited for, or not."""
+        self.since[self.index] = 0.0
+        self.board.waiting[self.index] = is_waiting
+
+    def mark_taken(self, client: str) -> None:
+        """A connection has come."""
+        board, index = self.board, self.index
+        board.waiting[index] = 0
+        board.taken[index] += 1
+        self.client = client.encode("ascii", "replace")
+
+    def mark_silent(self) -> float:
+        """The client is waited for; return the time."""
+        now = time.monotonic()
+        self.since[self.index] = -now
+        return now
+
+    def mark_busy(self, line: bytes) -> float:
+        """A request is in hand; return the time."""
+        index, board = self.index, self.board
+        self.requests = board.requests[index] = self.requests + 1
+        TEXTS.pack_into(board.memory, 56 + index * SLOT_SIZE, self.client, line)
+        now = self.since[index] = time.monotonic()
+        return now
+
+    def mark_progress(self) -> float:
+        """The request in hand has made progress; return the time."""
+        now = self.since[self.index] = time.monotonic()
+        return now
+
+    def is_calm(self) -> bool:
+        """Return whether the parent has given no order: the common case."""
+        return not self.orders[0]
+
+    def is_stopping(self) -> bool:
+        """Return whether the server stops: connections end with their next response."""
+        return bool(self.orders[0] & STOPPING)
+
+    def is_pressed(self) -> bool:
+        """Return whether requests wait and no child is to be had."""
+        return bool(self.orders[0] & PRESSED)
+
+    def is_retiring(self) -> bool:
+        """Return whether this process must leave, because it was told so or because its parent is dead."""
+        return self.leave_by[self.index] != 0 or os.getppid() != self.parent
+
+    def is_own(self) -> bool:
+        """Return whether this is still the process that serves, and not one that the application has forked from it."""
+        return self.pid == os.getpid()
+
+    def choose_patience(self) -> float:
+        """Return how long the next request may be waited for; give way where the parent needs the processor to fork."""
+        orders = self.orders[0]
+        if orders & WANTED:
+            give_way()  # it competes with all busy children, and newcomers wait for it
+        return 0.0 if orders & PRESSED or self.is_retiring() else self.patience
+
+
+give_way = getattr(os, "sched_yield", lambda: None)  # sched_yield(2), which not every system has
+
+
+# ---- 12. Child --------------------------------------------------------------
+# A process that serves: it takes a connection out of the queue, serves it, gives it back if it is at rest, and exits or
+# takes the next one (fork(2), unix(7)).
+#
+#     parent --- queue: a descriptor, and the time by which its head must be complete ---> whichever child waits
+#     parent <--- mailbox: a descriptor that comes back, or the number of a signal ------- any child, and itself
+#
+# WARNING: a descriptor in a message is a copy. The sender closes its own, and the connection lives on in whoever takes
+# the message out; in nobody, if the last one that could do so is gone.
+
+DEADLINE, DESCRIPTOR = struct.Struct("d"), struct.Struct("i")
+DONE = b"done"  # the last message of a child
+MAX_DESCRIPTORS = 253  # in one message: SCM_MAX_FD of Linux
+RIGHTS = socket.SOL_SOCKET, socket.SCM_RIGHTS
+CLOSE_ON_EXEC, DONT_WAIT = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0)), int(socket.MSG_DONTWAIT)
+
+
+class Channel:
+    """Owns a pair of sockets through which processes send messages, with descriptors or without."""
+
+    def __init__(self, receiver: socket.socket, sender: socket.socket) -> None:
+        self.receiver, self.sender = receiver, sender
+        receiver.setblocking(True)
+        sender.setblocking(False)
+        set_clock(receiver)
+
+    def send(self, message: bytes, *fds: int) -> None:
+        """Send a message; BlockingIOError if there is no room for it, another OSError if nobody will receive it."""
+        self.sender.sendmsg((message,), [(*RIGHTS, b"".join(map(DESCRIPTOR.pack, fds)))] if fds else [])
+
+    def receive(self, flags: int = 0, space: int = socket.CMSG_SPACE(4)) -> tuple[bytes, bytes]:
+        """Return the next message and its descriptors, b"" at the end; BlockingIOError if none comes in a second."""
+        message, rights, _, _ = self.receiver.recvmsg(64, space, flags | CLOSE_ON_EXEC)
+        return message, rights[0][2] if rights else b""
+
+    def has_message(self) -> bool:
+        """Return whether a message waits to be received."""
+        return wait_readable(self.receiver, 0)
+
+
+def make_channel() -> Channel:
+    """Return a new channel; macOS has no SOCK_SEQPACKET, but its datagrams between two sockets stay in order, too."""
+    kind = socket.SOCK_DGRAM if sys.platform == "darwin" else socket.SOCK_SEQPACKET
+    return Channel(*socket.socketpair(socket.AF_UNIX, kind))
+
+
+def wait_readable(sock: socket.SocketType, seconds: float) -> bool:
+    """Wait so many seconds at most until there is something to receive; return whether there is."""
+    poller = select.poll()  # not select(2): that ends at descriptor 1023
+    poller.register(sock, select.POLLIN)
+    return bool(poller.poll(seconds * 1000))
+
+
+class Child:
+    """Owns the life of a serving process, from fork to exit. The parent makes it, and each fork has a copy of it."""
+
+    def __init__(
+        self, serve: Service, family: int, queue: Channel, mailbox: Channel, board: Scoreboard, options: Options,
+        patience: float = TICK,
+    ) -> None:  # fmt: skip
+        self.serve_connection, self.family, self.queue, self.mailbox = serve, family, queue, mailbox
+        self.connections = options.connections_per_child
+        self.timeout, self.graceful_timeout = options.timeout, options.graceful_timeout
+        self.slot = Slot(board, patience)
+        self.sock: socket.SocketType | None = None  # the connection in hand
+        self.interrupted = 0.0  # since when the wait or the work lasted that was interrupted: once is enough
+
+    def run(self, index: int, give_up: Callable[[], None]) -> NoReturn:
+        """Live, in this slot; give up first what is the parent's. Nothing returns from here into its code."""
+        status = 1
+        try:
+            give_up()
+            self.slot.attach(self.slot.board, index)
+            self.serve_connections()
+            status = 0
+        except SystemExit as error:  # of a process that the application has forked
+            status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        except BaseException as error:
+            log_exception(error)
+        finally:
+            self.slot.mark_progress()  # the exit, too, has a deadline
+            exit_child(status)
+
+    def serve_connections(self) -> None:
+        """Take connections out of the queue and serve them, as many as this process may."""
+        left = self.connections  # 0 never comes to 0 again
+        while taken := self.receive_connection():
+            sock, deadline = taken
+            if self.serve(sock, deadline):
+                self.give_back(sock)
+            left -= 1
+            if left == 0:
+                break
+            self.slot.mark_waiting(True)
+        self.slot.mark_waiting(False)
+        with suppress(OSError):
+            self.mailbox.send(DONE)
+
+    def receive_connection(self) -> tuple[socket.SocketType, float] | None:
+        """Return the next connection, and by when its head must be complete; None if this child is to leave."""
+        while True:
+            try:
+                message, rights = self.queue.receive()
+            except BlockingIOError:  # a second has passed
+                if self.slot.is_retiring():
+                    return None
+                continue
+            except OSError:  # it was closed: a process that the application has forked
+                return None
+            if not rights:  # asked to leave, or the end of the queue
+                return None
+            sock = socket.SocketType(self.family, STREAM, 0, DESCRIPTOR.unpack(rights)[0])
+            if sock.gettimeout() is not None:  # an application has set a default: the clock would mean nothing
+                sock.setblocking(True)
+            return sock, DEADLINE.unpack(message)[0]
+
+    def serve(self, sock: socket.SocketType, deadline: float | None = None) -> bool:
+        """Serve a connection; return whether it is at rest, and so to be given back."""
+        self.sock = sock
+        try:
+            address = sock.getpeername()
+        except OSError:  # it was reset
+            address = ""
+        self.slot.mark_taken(str(address[0]) if isinstance(address, tuple) else "unix")
+        return self.serve_connection(sock, address, self.slot, deadline)
+
+    def give_back(self, sock: socket.SocketType) -> None:
+        """Send a connection at rest to the parent; as long as its mailbox is full, go on serving it."""
+        while True:
+            try:
+                self.mailbox.send(b"back", sock.fileno())
+                break
+            except BlockingIOError:
+                log_throttled("the parent has no time to take back connections at rest")
+            except OSError:
+                break  # the parent is dead
+            if wait_readable(sock, TICK) and not self.serve(sock):
+                return
+        sock.close()
+
+    def on_signal(self, signum: int) -> None:
+        """Handle a signal. SIGINT is none of a child's business: a terminal sends it to all, and the parent decides."""
+        if signum == signal.SIGTERM:
+            self.slot.leave_by[self.slot.index] = time.monotonic() + self.graceful_timeout
+        elif signum == signal.SIGALRM:
+            since = self.slot.since[self.slot.index]
+            if since in (0.0, self.interrupted) or time.monotonic() - abs(since) <= self.timeout:
+                return  # the request was done when the signal came, or was interrupted already
+            self.interrupted = since
+            # Negative: other signals have kept the wait for the client from ending by itself.
+            raise Overdue if since > 0 else ClientSilentError
+
+    def detach(self) -> None:
+        """Give up, in a process that the application has forked, what is the server's: it must not answer, too."""
+        pid = self.slot.pid
+        self.slot.attach(Scoreboard(1), 0)
+        self.slot.pid = pid
+        for sock in (self.sock, self.queue.receiver, self.mailbox.sender):
+            if sock:
+                sock.close()
+
+
+Service = Callable[[socket.SocketType, Any, Slot, "float | None"], bool]
+
+
+def exit_child(status: int) -> NoReturn:
+    """End the process as the interpreter would (threads, exit handlers, buffers), with no way back to the caller.
+
+    `_shutdown` is what CPython itself calls when it ends; there is no public name for it.
+    """
+    try:
+        if "threading" in sys.modules:
+            sys.modules["threading"]._shutdown()
+        run_exit_handlers()
+        flush_output()
+    finally:
+        os._exit(status)
+
+
+def flush_output() -> None:
+    """Write out what the streams of Python hold."""
+    for file in (sys.stdout, sys.stderr):
+        try:
+            file.flush()
+        except (AttributeError, OSError, ValueError):
+            pass  # there is none, or nobody reads it, or it was closed
+
+
+# ---- 13. Reactor ------------------------------------------------------------
+# The connections that no child works at: accepted, at rest, ready for a child, given back, expired. One selector tells
+# which of them, or the listener, or the mailbox, has become readable. What came is looked at without being consumed
+# (MSG_PEEK, recv(2)): the child that takes the connection reads it as if it were the first.
+
+PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
+ACCEPT_AT_ONCE = 64  # connections, before other events are looked at
+ACCEPT_PAUSE = 0.25  # seconds until accept(2) is tried again after it has failed
+
+
+class Connection:
+    """Owns a connection that nobody works at: its socket, and until when it may rest."""
+
+    __slots__ = ("deadline", "group", "is_resting", "seen", "sock")
+
+    def __init__(self, sock: socket.SocketType, deadline: float) -> None:
+        self.sock, self.deadline = sock, deadline
+        self.is_resting = False  # the selector knows it
+        self.seen = 0  # how many bytes of a head are there that is not whole
+        self.group: Any = None  # whose connection it is, once that was asked for
+
+    def close(self) -> None:
+        """End the connection, also if a process that was forked meanwhile holds a copy."""
+        with suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
+
+    def find_group(self) -> Any:
+        """Return what all connections of one client have in common."""
+        if self.group is None:
+            try:
+                address = self.sock.getpeername()
+            except OSError:
+                address = ""
+            self.group = find_group(address[0] if isinstance(address, tuple) else "unix")
+        return self.group
+
+
+def find_group(host: str) -> Any:
+    """Return the address as far as it tells clients apart: of an IPv6 address the /64, which one client has whole."""
+    host = strip_mapping(host)
+    return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8] if ":" in host else host
+
+
+def order_fairly(ready: Iterable[Connection], at_work: dict[Any, int]) -> list[Connection]:
+    """Return the connections in the order of how many of the same client are at work, or stand before them."""
+    ranked: list[tuple[int, int, Connection]] = []
+    for connection in ready:
+        group = connection.find_group()
+        at_work[group] = at_work.get(group, 0) + 1
+        ranked.append((at_work[group], len(ranked), connection))
+    return [connection for _, _, connection in sorted(ranked)]
+
+
+class Reactor:
+    """Owns the connections that no child works at. It lives in the parent."""
+
+    def __init__(self, listener: Listener, mailbox: Channel, options: Options) -> None:
+        self.listener, self.mailbox = listener, mailbox
+        self.max_connections, self.keep_alive = options.max_connections, options.keep_alive
+        self.head_timeout = min(HEAD_TIMEOUT, options.timeout)
+        self.resting: dict[int, Connection] = {}  # by descriptor, the longest at rest first
+        self.ready: deque[Connection] = deque()  # for a child
+        self.peeked = memoryview(bytearray(MAX_HEAD + 4))  # enough to see that a head is too large
+        self.accepts_at = 0.0  # when accepting goes on; 0: it does
+        self.selector: Any = selectors.DefaultSelector()
+        self.selector.register(mailbox.receiver, selectors.EVENT_READ, self.take_back)
+        self.selector.register(listener.sock, selectors.EVENT_READ, self.accept)
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep until something happens, so many seconds at most, and sort it; return whether a child is done."""
+        is_done = False
+        for key, _ in self.selector.select(seconds):
+            if not isinstance(key.data, Connection):
+                is_done |= key.data()  # take_back or accept
+            elif key.data.is_resting:  # else it was closed meanwhile, for a newcomer
+                self.look_at(key.data)
+        return is_done
+
+    def accept(self) -> bool:
+        """Accept who waits in the kernel's queue; return False."""
+        deadline = time.monotonic() + self.head_timeout
+        for _ in range(ACCEPT_AT_ONCE):
+            if len(self.resting) + len(self.ready) >= self.max_connections:
+                log_throttled("%d connections are held (--max-connections)" % self.max_connections)
+                if not self.close_longest_at_rest():
+                    self.pause_accepting()
+                    break
+            try:
+                sock = self.listener.accept()
+            except BlockingIOError:
+                break
+            except ConnectionAbortedError:
+                continue  # somebody has gone again
+            except OSError as error:  # EMFILE, ENFILE, ENOBUFS, ENOMEM
+                log_throttled("cannot accept: %s" % error.strerror)
+                self.close_longest_at_rest()
+                self.pause_accepting()
+                break
+            self.look_at(Connection(sock, deadline))
+        return False
+
+    def pause_accepting(self) -> None:
+        """Let newcomers wait in the kernel's queue for a while."""
+        if not self.accepts_at:
+            self.selector.unregister(self.listener.sock)
+        self.accepts_at = time.monotonic() + ACCEPT_PAUSE
+
+    def close_longest_at_rest(self) -> bool:
+        """Close the connection that has been at rest for the longest time; return whether there was one."""
+        for connection in self.resting.values():
+            self.forget(connection)
+            connection.close()
+            return True
+        return False
+
+    def look_at(self, connection: Connection) -> None:
+        """Look at what the client has sent: is it for a child, or does the connection rest?"""
+        sock = connection.sock
+        try:
+            count = sock.recv_into(self.peeked, 0, PEEK)
+        except BlockingIOError:
+            self.rest(connection)
+            return
+        except OSError:
+            count = 0  # a reset
+        if count == 0:
+            self.forget(connection)
+            connection.close()
+        elif self.listener.is_unix or is_worth_reading(bytes(self.peeked[:count]), connection.seen):
+            self.make_ready(connection)
+        else:
+            # Report it when more than these bytes are there (SO_RCVLOWAT, socket(7)). With unix sockets that does not
+            # work, so that a child does the waiting there.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count + 1)
+            if not connection.seen:  # a head has the head's time, and not more by a byte now and then
+                connection.deadline = min(connection.deadline, time.monotonic() + self.head_timeout)
+            connection.seen = count
+            self.rest(connection)
+
+    def rest(self, connection: Connection) -> None:
+        """Hold a connection until bytes come, or its deadline."""
+        if not connection.is_resting:
+            connection.is_resting = True
+            self.resting[connection.sock.fileno()] = connection
+            self.selector.register(connection.sock, selectors.EVENT_READ, connection)
+
+    def make_ready(self, connection: Connection) -> None:
+        """Line a connection up for a child."""
+        self.forget(connection)
+        if connection.seen:
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        self.ready.append(connection)
+
+    def forget(self, connection: Connection) -> None:
+        """Hold it no more; the selector must be told before the descriptor is closed, since children have copies."""
+        if connection.is_resting:
+            connection.is_resting = False
+            del self.resting[connection.sock.fileno()]
+            self.selector.unregister(connection.sock)
+
+    def take_back(self) -> bool:
+        """Receive the connections that children give back; return whether a child has said that it is done."""
+        is_done, space = False, socket.CMSG_SPACE(MAX_DESCRIPTORS * DESCRIPTOR.size)
+        while True:
+            try:
+                message, rights = self.mailbox.receive(DONT_WAIT, space)
+            except BlockingIOError:
+                return is_done
+            is_done |= message == DONE  # else it comes with connections, or is the number of a signal
+            for (fd,) in DESCRIPTOR.iter_unpack(rights) if rights else ():
+                self.take(socket.SocketType(self.listener.family, STREAM, 0, fd))
+
+    def take(self, sock: socket.SocketType) -> None:
+        """Hold a connection whose client has been silent for a TICK."""
+        self.rest(Connection(sock, time.monotonic() + max(self.keep_alive - TICK, 0)))
+
+    def expire(self, now: float) -> None:
+        """Close who has been silent too long; a head that has begun is answered 408 by a child."""
+        if 0 < self.accepts_at <= now and self.listener.is_open():
+            self.accepts_at = 0.0
+            self.selector.register(self.listener.sock, selectors.EVENT_READ, self.accept)
+        for connection in [c for c in self.resting.values() if now >= c.deadline]:
+            if connection.seen:
+                self.make_ready(connection)
+            else:
+                self.forget(connection)
+                connection.close()
+
+    def stop_listening(self) -> None:
+        """Accept who was in the kernel's queue, and nobody else."""
+        if not self.listener.is_foreign:
+            self.listener.sock.listen(0)
+        while wait_readable(self.listener.sock, 0) and not self.accepts_at:
+            self.accept()
+        if not self.accepts_at:
+            self.selector.unregister(self.listener.sock)
+        self.listener.close()
+
+    def list_descriptors(self) -> list[int]:
+        """Return the descriptors of all connections, fit to be held by another process."""
+        for connection in self.resting.values():
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        return [*self.resting, *(connection.sock.fileno() for connection in self.ready)]
+
+
+# ---- 14. Parent -------------------------------------------------------------
+# One loop that sleeps in one place: requests go to children, children are forked, reaped and watched, signals handled.
+# fork(2), waitpid(2), signal(7).
+
+KILL_AFTER = 5.0  # seconds from the signal that interrupts a request to the one that nothing survives
+ALARM_SLACK = 1.25  # seconds that a process is given to see by itself, once in a TICK, that its time is over,
+CLIENT_SLACK = 3.0  # and where it is its client's time, so that the parent never comes first
+LAST_CALL = 1.0  # seconds that a connection at rest is given, when it must go, for a request that may be under way
+FORK_DELAY = 0.01  # seconds from the moment that no child is spare to the fork of the next, if none is done before
+FAIR_ORDER_EVERY = 0.05  # seconds: to look at who is at work takes time
+SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)
+
+
+class Signals:
+    """Owns the signal handlers of the server, and the numbers of the signals that were not handled yet (signal(7)).
+
+    Signals are data: a handler notes the number, a byte in the mailbox ends the sleep, and the loop acts. So nothing
+    happens between two lines of the parent that is not written there. Where no loop of ours runs, somebody else gets
+    the number at once: `Child.on_signal`, or `end_loading` while the application is loaded.
+
+    WARNING: CPython forgets signals that come between fork(2) and the return of os.fork(). A child of ours has nothing
+    to lose, since what is asked of it is on the scoreboard. But a process of the application may be terminated as soon
+    as its pid is known. So around its fork, in a child or in a thread, signals wait: `before_fork` blocks them,
+    `after_fork` lets them come, `after_fork_in_child` gives up first what is the server's.
+    """
+
+    def __init__(self, wakeup: socket.socket) -> None:
+        self.wakeup = wakeup
+        self.pending: list[int] = []
+        self.receiver: Callable[[int], Any] = self.pending.append
+        self.handlers: dict[int, Any] = {}  # as they were before
+        self.detach: Callable[[], None] | None = None  # what a process of the application has to call
+        self.masks: dict[int, Any] = {}  # by the thread that forks: what was blocked before
+        self.own_thread = 0  # the thread in which a child of ours is being forked
+        self.has_hooks = False
+
+    def catch(self, *signums: int) -> None:
+        """Have these signals noted from now on, whatever an application has set or blocked."""
+        try:
+            for signum in signums:
+                self.handlers.setdefault(signum, signal.signal(signum, self.on_signal))
+            self.handlers.setdefault(signal.SIGPIPE, signal.signal(signal.SIGPIPE, signal.SIG_IGN))
+            signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
+        except ValueError:
+            raise StartError("serve() must run in the main thread, which is where signals arrive") from None
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signums)
+
+    def on_signal(self, signum: int, _: Any) -> None:
+        """Note a signal; but no exception is raised while a fork is under way: SIGALRM comes again."""
+        if not (self.masks and signum == signal.SIGALRM):
+            self.receiver(signum)
+
+    def release(self) -> None:
+        """Set the handlers as they were."""
+        signal.set_wakeup_fd(-1)
+        for signum, handler in self.handlers.items():
+            if signal.getsignal(signum) in (self.on_signal, signal.SIG_IGN):
+                signal.signal(signum, handler or signal.SIG_DFL)
+        self.detach = None
+
+    def fork(self) -> int:
+        """Fork a child of ours: return its pid, 0 in the child. OSError as from os.fork."""
+        self.own_thread = get_ident()
+        try:
+            return os.fork()
+        finally:
+            self.own_thread = 0
+
+    def watch_forks(self, detach: Callable[[], None]) -> None:
+        """Have this called in each process that the application forks from this one."""
+        self.detach = detach
+        if not self.has_hooks:
+            self.has_hooks = True
+            after = {"after_in_parent": self.after_fork, "after_in_child": self.after_fork_in_child}
+            os.register_at_fork(before=self.before_fork, **after)
+
+    def before_fork(self) -> None:
+        """Let signals wait."""
+        if self.detach and get_ident() != self.own_thread:
+            self.masks[get_ident()] = None  # from here on nothing is raised
+            self.masks[get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def after_fork(self) -> None:
+        """Let them come as before."""
+        mask = self.masks.pop(get_ident(), None)
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def after_fork_in_child(self) -> None:
+        """Give up what is the server's."""
+        if self.detach and get_ident() != self.own_thread:
+            self.detach()
+            self.release()
+            self.after_fork()
+            self.masks.clear()
+
+
+class Queue:
+    """Owns the parent's end of the queue: which requests are in it, and which children wait for one."""
+
+    def __init__(self, channel: Channel, board: Scoreboard) -> None:
+        self.channel, self.board = channel, board
+        self.put_in = 0  # requests
+        self.taken_by_dead = -sum(board.taken)  # of these, by children that have ended; the others count for themselves
+        self.idle: set[int] = set()  # slots of children that waited at the last TICK although requests did
+
+    def put(self, connection: Connection) -> bool:
+        """Put a connection into the queue; return False if that is full."""
+        try:
+            self.channel.send(DEADLINE.pack(connection.deadline), connection.sock.fileno())
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.ENOBUFS):  # as ETOOMANYREFS: too many descriptors under way
+                log_throttled("cannot hand over a connection: %s" % error.strerror)
+            return False
+        connection.sock.close()
+        self.put_in += 1
+        return True
+
+    def count_taken(self) -> int:
+        """Return how many requests were taken out."""
+        return self.taken_by_dead + sum(self.board.taken[: self.board.used])
+
+    def count_spare(self) -> int:
+        """Return how many children wait for which there is no request in the queue; below 0: children are wanted."""
+        return sum(self.board.waiting[: self.board.used]) - self.put_in + self.count_taken()
+
+    def dismiss_surplus(self) -> None:
+        """Have a quarter of the spare children beyond the one leave: a burst is forgotten in some seconds.
+
+        One that has let a request wait for two TICKs in a row is stuck, or was stopped: it counts as spare no more.
+        """
+        waiting = {slot for slot, is_waiting in enumerate(self.board.waiting) if is_waiting}
+        if self.channel.has_message():
+            for slot in waiting & self.idle:
+                self.board.waiting[slot] = 0
+            self.idle = waiting
+            return
+        self.idle = set()
+        self.taken_by_dead += self.put_in - self.count_taken()  # one may have died before it could count
+        with suppress(OSError):
+            for _ in range((len(waiting) + 2) // 4):
+                self.channel.send(b"leave")
+
+    def end(self) -> list[int]:
+        """Let the children that wait find the end; return the descriptors of the connections that nobody has taken."""
+        untaken: list[int] = []
+        with suppress(BlockingIOError):
+            while (received := self.channel.receive(DONT_WAIT))[0]:
+                untaken += [fd for fd, in DESCRIPTOR.iter_unpack(received[1])]
+        with suppress(OSError):
+            self.channel.sender.shutdown(socket.SHUT_WR)
+        return untaken
+
+
+class StopTimes(NamedTuple):
+    """When the server that was told to stop does what, on the monotonic clock."""
+
+    listening_ends: float
+    rest_ends: float
+    killing_begins: float
+
+
+class Parent:
+    """Owns the children and the loop that they come from. It lives in the process that was started."""
+
+    def __init__(self, child: Child, reactor: Reactor, signals: Signals, options: Options) -> None:
+        self.child, self.reactor, self.signals, self.options = child, reactor, signals, options
+        self.board = child.slot.board
+        self.queue = Queue(child.queue, self.board)
+        self.own_descriptors = (  # that no child needs
+            child.queue.sender.fileno(), child.mailbox.receiver.fileno(), self.board.fd, reactor.selector.fileno(),
+        )  # fmt: skip
+        self.reload = Reload(options, signals, self.board, reactor, self.queue)
+        self.children = {pid: slot for slot, pid in enumerate(self.board.pids) if pid}  # that a reload has left
+        self.cap = options.max_children  # less, where the system does not allow so many
+        self.fork_at: float | None = 0.0  # when the next child is to be forked; None: when there is a reason
+        self.put_in_before = 0  # how many requests there were when that was decided
+        self.fork_again_at = 0.0  # not before, since children have died before they served
+        self.early_exits = 0  # of such children in a row
+        self.tick_at = self.fair_at = self.pressed_until = 0.0
+        self.interrupted: dict[int, tuple[float, float]] = {}  # by pid: which wait or work of a child, and when
+        self.stop_times: StopTimes | None = None
+        self.totals = {"connections": 0, "forks": 0, "reaped": 0, "timeouts": 0, "crashes": 0}
+
+    def run(self) -> None:
+        """Serve until the server was stopped and the last child was reaped."""
+        while not self.stop_times or self.children or self.reactor.listener.is_open() or self.reactor.ready:
+            now = time.monotonic()
+            # Step 1: requests go into the queue, one for each child that is there or may be forked.
+            if self.reactor.ready:
+                self.hand_over(now)
+            # Step 2: one child more than there are requests waits, so that no client has to wait for a fork.
+            self.keep_spare(now)
+            # Step 3: sleep until a client, a child or a signal wants something. In here connections are accepted,
+            # looked at and taken back. Those that are at work come first.
+            give_way()
+            if self.reactor.wait(self.choose_pause(now)):
+                self.fork_at = 0.0  # a child is done: the next one takes the processor from nobody
+            # Step 4: do what signals ask for. The most frequent one is SIGCHLD.
+            while self.signals.pending:
+                self.handle_signal(self.signals.pending.pop(0))
+            # Step 5: do what is due.
+            if (now := time.monotonic()) >= self.tick_at:
+                self.watch(now)
+
+    def hand_over(self, now: float) -> None:
+        """Put requests into the queue, as many as there are or may be children for; the rest puts on pressure."""
+        ready, free = self.reactor.ready, self.cap - len(self.children) + self.queue.count_spare()
+        if free < len(ready) and now >= self.fair_at:
+            self.fair_at = now + FAIR_ORDER_EVERY
+            self.reactor.ready = ready = deque(order_fairly(ready, count_at_work(self.board)))
+        while ready and free > 0 and self.queue.put(ready[0]):
+            ready.popleft()
+            free -= 1
+        if ready:
+            self.pressed_until = now + TICK
+            self.board.order(PRESSED, True)
+            log_throttled("all %d processes are at work: requests wait (--max-children)" % self.cap)
+
+    def keep_spare(self, now: float) -> None:
+        """Fork a child: a little after the last spare one got work, or at once if a request waits.
+
+        A parent that forks while its child answers would take the processor from it. Where children come back for the
+        next connection, a request may wait as long; unless others have been waiting since then.
+        """
+        spare, has_room = self.queue.count_spare(), len(self.children) < self.cap
+        if spare > 0 or not has_room or (spare == 0 and self.stop_times):
+            self.fork_at = None
+            self.board.order(WANTED, False)
+            return
+        if self.fork_at is None:
+            self.fork_at, self.put_in_before = now + FORK_DELAY, self.queue.put_in
+        is_due = now >= self.fork_at
+        if is_due and spare < 0 and self.queue.count_taken() >= self.put_in_before:
+            self.fork_at, self.put_in_before = now + FORK_DELAY, self.queue.put_in
+            is_due = False
+        if now >= self.fork_again_at and (is_due or (spare < 0 and self.child.connections == 1)):
+            self.board.order(WANTED, spare < 0)
+            self.fork_at = now if spare < -1 else now + FORK_DELAY
+            self.fork()
+
+    def fork(self) -> None:
+        """Fork a child, which waits at the queue. If the system allows no more, so many are the cap for a while."""
+        slot = self.board.allot()
+        try:
+            pid = self.signals.fork()
+        except OSError as error:  # EAGAIN: a limit of processes, ENOMEM
+            self.board.clear(slot)
+            self.cap = len(self.children)
+            log_throttled("cannot fork: %s; %d processes are the limit of the system" % (error.strerror, self.cap))
+            return
+        if pid == 0:
+            self.child.run(slot, self.give_up)
+        self.board.pids[slot] = pid
+        self.children[pid] = slot
+        self.totals["forks"] += 1
+
+    def give_up(self) -> None:
+        """In the child: close what is the parent's. Its wake-up descriptor stays: a signal is a byte in the mailbox."""
+        for fd in self.own_descriptors:
+            os.close(fd)
+        for fd in self.reactor.resting:
+            os.close(fd)
+        for connection in self.reactor.ready:
+            os.close(connection.sock.fileno())
+        if self.reactor.listener.is_open():
+            self.reactor.listener.sock.close()
+        self.signals.receiver = self.child.on_signal
+        self.signals.watch_forks(self.child.detach)
+        become_child()
+
+    def detach(self) -> None:
+        """Give up, in a process that a thread of the application has forked, what is the server's."""
+        for fd in (self.reactor.listener.sock.fileno(), *self.reactor.list_descriptors()):
+            os.close(fd)
+
+    def choose_pause(self, now: float) -> float:
+        """Return how many seconds the parent may sleep."""
+        until = self.tick_at
+        if self.fork_at is not None:
+            until = min(until, max(self.fork_at, self.fork_again_at))
+        if self.reactor.ready:
+            until = min(until, self.fair_at)
+        return max(until - now, 0.0)
+
+    def handle_signal(self, signum: int) -> None:
+        """Do what a signal asks for."""
+        if signum == signal.SIGCHLD:
+            self.reap()
+        elif signum in (signal.SIGTERM, signal.SIGINT) or (signum == signal.SIGHUP and self.reload.has_lost_terminal()):
+            self.stop()
+        elif signum == signal.SIGHUP:
+            self.reload.begin()
+        elif signum == signal.SIGUSR1:
+            report(self.board, self.reactor, self.totals)
+
+    def reap(self) -> None:
+        """Collect every child that has ended: until then it is a zombie, a pid and a wait status in the kernel.
+
+        SIGCHLD says that some have, not how many: signals merge. So this asks until there is none, and does not block
+        for those that live (waitpid(2)). A pid that is not ours was orphaned and given to us, as to any PID 1.
+        """
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:  # there is no child at all
+                return
+            if pid == 0:  # those that there are live
+                return
+            self.totals["reaped"] += 1
+            if pid in self.children:
+                self.record_exit(pid, self.children.pop(pid), status)
+            else:
+                self.reload.end_check(pid, status)
+            self.tick_at = 0.0 if self.stop_times or self.reload.is_due else self.tick_at
+
+    def record_exit(self, pid: int, slot: int, status: int) -> None:
+        """Free the slot of a child that was reaped, and log it if it did not end by itself."""
+        board = self.board
+        if status:
+            self.totals["crashes"] += 1
+            since, texts = board.since[slot], board.read_texts(slot)
+            doing = "waiting" if not since else ("serving" if since > 0 else "waiting for") + ' %s "%s"' % texts
+            log_error("child %d %s while %s" % (pid, describe_end(status), doing))
+        self.early_exits = self.early_exits + 1 if board.waiting[slot] else 0
+        if self.early_exits:  # children that cannot live would be a fork storm
+            self.fork_again_at = time.monotonic() + min(0.01 * 2 ** min(self.early_exits, 7), TICK)
+        self.fork_at = 0.0  # it was the spare one, or has made room
+        self.totals["connections"] += board.taken[slot]
+        self.queue.taken_by_dead += board.taken[slot]
+        self.interrupted.pop(pid, None)
+        board.clear(slot)
+
+    def watch(self, now: float) -> None:
+        """Do what is due, each TICK, or more often where somebody waits for it."""
+        is_hurried = self.stop_times or self.options.reload
+        self.tick_at = now + (TICK / 4 if is_hurried else TICK)
+        self.board.order(PRESSED, now < self.pressed_until)
+        self.cap = self.options.max_children  # the system may allow more again
+        self.reactor.expire(now)
+        self.enforce_deadlines(now)
+        self.queue.dismiss_surplus()
+        self.reload.watch(now)
+        if self.stop_times:
+            self.go_on_stopping(now, self.stop_times)
+
+    def enforce_deadlines(self, now: float) -> None:
+        """Interrupt what makes no progress for too long, kill what takes no notice or should have left."""
+        for pid, slot in self.children.items():
+            since = self.board.since[slot]  # read once: it changes under our eyes
+            if since and now - abs(since) > self.options.timeout + (ALARM_SLACK if since > 0 else CLIENT_SLACK):
+                if self.interrupted.get(pid, (0.0, 0.0))[0] != since:
+                    self.interrupted[pid] = since, now
+                    self.totals["timeouts"] += 1
+                is_deaf = now - self.interrupted[pid][1] >= KILL_AFTER
+                send_signal(pid, signal.SIGKILL if is_deaf else signal.SIGALRM)
+        kill_all([pid for pid, slot in self.children.items() if 0 < self.board.leave_by[slot] <= now])
+
+    def stop(self) -> None:
+        """Stop gracefully; at the second request, at once."""
+        now = self.tick_at = time.monotonic()
+        if self.stop_times:
+            self.stop_times = StopTimes(now, now, now)
+            return
+        log_error("stopping")
+        notify("STOPPING=1")
+        self.reload.cancel()
+        self.board.order(STOPPING, True)
+        ends = now + self.options.drain_delay
+        killing = ends + self.options.graceful_timeout
+        self.stop_times = StopTimes(ends, ends + min(LAST_CALL, self.options.graceful_timeout / 2), killing)
+
+    def go_on_stopping(self, now: float, times: StopTimes) -> None:
+        """Close the listening socket, then the connections at rest; let the children finish, kill what is left."""
+        reactor = self.reactor
+        if reactor.listener.is_open() and now >= times.listening_ends:
+            reactor.stop_listening()
+        is_idle = not (reactor.resting or reactor.ready) and self.queue.count_spare() == len(self.children)
+        if now >= times.rest_ends or (is_idle and not reactor.listener.is_open()):
+            while reactor.close_longest_at_rest():
+                pass
+            if now >= times.killing_begins:
+                reactor.ready.clear()
+                kill_all(list(self.children))
+            if not reactor.ready and not self.queue.channel.has_message():
+                self.queue.end()
+
+
+def count_at_work(board: Scoreboard) -> dict[Any, int]:
+    """Return how many children work for each client."""
+    counts: dict[Any, int] = {}
+    for slot in range(board.used):
+        if board.since[slot]:
+            group = find_group(board.read_texts(slot)[0])
+            counts[group] = counts.get(group, 0) + 1
+    return counts
+
+
+def kill_all(pids: list[int]) -> None:
+    """End children that have had their time to finish."""
+    if pids:
+        log_error("children that have not finished and are killed: %d" % len(pids))
+    for pid in pids:
+        send_signal(pid, signal.SIGKILL)
+
+
+def send_signal(pid: int, signum: int) -> None:
+    """Send a signal to a child, which may have become another user (kill(2))."""
+    try:
+        os.kill(pid, signum)  # until it is reaped, nobody else has its pid
+    except PermissionError:
+        log_throttled("may not send a signal to process %d, which has become another user" % pid)
+
+
+def describe_end(status: int) -> str:
+    """Return how a process has ended by its wait status (waitpid(2))."""
+    if not os.WIFSIGNALED(status):
+        return "exited with %d" % os.WEXITSTATUS(status)
+    number = os.WTERMSIG(status)
+    return "died of " + ("signal %d" % number if number not in set(signal.Signals) else signal.Signals(number).name)
+
+
+def report(board: Scoreboard, reactor: Reactor, totals: dict[str, int]) -> None:
+    """Print who does what to stderr."""
+    now = time.monotonic()
+    log_error("%7s %-8s %8s %8s  %s" % ("pid", "state", "age", "requests", "client and request"))
+    for pid, slot in sorted((pid, slot) for slot, pid in enumerate(board.pids) if pid):
+        since = board.since[slot]
+        state = "busy" if since > 0 else "idle" if since < 0 else "waiting" if board.waiting[slot] else "leaving"
+        age, doing = ("%.1f s" % (now - abs(since)), "%s %s" % board.read_texts(slot)) if since else ("-", "")
+        log_error("%7d %-8s %8s %8d  %s" % (pid, state, age, board.requests[slot], doing))
+    log_error("connections at rest: %d, waiting for a process: %d" % (len(reactor.resting), len(reactor.ready)))
+    totals = {**totals, "connections": totals["connections"] + sum(board.taken)}
+    log_error("in all: " + ", ".join("%d %s" % (number, name) for name, number in totals.items()))
+
+
+class Solo:
+    """Owns the one process of --no-fork, which does in turn what the parent and its children do elsewhere."""
+
+    def __init__(self, child: Child, reactor: Reactor, signals: Signals) -> None:
+        self.child, self.reactor, self.signals = child, reactor, signals
+
+    def run(self) -> None:
+        """Serve one request at a time until the server was stopped."""
+        while signal.SIGTERM not in self.signals.pending:
+            self.reactor.wait(TICK)
+            while self.reactor.ready:
+                connection = self.reactor.ready.popleft()
+                if self.child.serve(connection.sock, connection.deadline):
+                    self.reactor.take(connection.sock)
+                if not self.child.slot.is_own():
+                    exit_child(0)  # in a process that the application has forked
+            self.reactor.expire(time.monotonic())
+        log_error("stopping")
+        self.reactor.listener.close()
+
+    def detach(self) -> None:
+        """Give up, in a process that the application has forked, what is the server's."""
+        self.child.detach()
+        self.reactor.listener.sock.close()
+
+
+# ---- Part three: what production adds ---------------------------------------
+#
+# ---- 15. Reload -------------------------------------------------------------
+# New code without a lost request, a closed connection or a new pid. WARNING: the order of the steps matters.
+#
+#     1. SIGHUP            the program is started once more, beside the server, with WEBSERVER_CHECK: does it load?
+#     2. it loads          children are told to leave; what is at rest or in the queue goes into the mailbox
+#     3. execve(2)         the same process becomes the new program; WEBSERVER_RELOAD names four descriptors that stay:
+#                          the listening socket, both ends of the mailbox, the memory of the scoreboard
+#     4. it loads again    meanwhile clients wait in the kernel's queue, and children put connections into the mailbox
+#     5. it serves         and reaps the children that were left, whose deadlines are on the scoreboard
+
+CHECK_TIMEOUT = 30.0  # seconds for new code to load
+CHECK_PASSED = 93  # the exit status of a check that got as far as to serve
+
+# How this program was started, to start it again. Not as it is now: an application may have changed all of it.
+STARTED_IN, STARTED_WITH = os.getcwd(), dict(os.environ)
+STARTED_AS = [sys.executable, *getattr(sys, "orig_argv", [sys.executable, *sys.argv])[1:]]
+
+
+class Kept(NamedTuple):
+    """The descriptors that outlive a reload."""
+
+    listener: int
+    receiver: int  # of the mailbox
+    sender: int
+    board: int
+
+
+class Reload:
+    """Owns the process that tries new code, and what becomes of the server when it loads. It lives in the parent."""
+
+    def __init__(
+        self, options: Options, signals: Signals, board: Scoreboard, reactor: Reactor, queue: Queue
+    ) -> None:
+        self.options, self.signals, self.board, self.reactor, self.queue = options, signals, board, reactor, queue
+        self.checker = 0  # the pid of the process that tries the code; 0: there is none
+        self.check_by = 0.0  # when it must have finished
+        self.is_wanted_again = False  # the code has changed meanwhile
+        self.is_due = False  # the code loads
+        self.sources = list_sources() if options.reload else {}
+        self.has_terminal = signals.handlers.get(signal.SIGHUP) != signal.SIG_IGN and can_open_terminal()
+
+    def has_lost_terminal(self) -> bool:
+        """Return whether SIGHUP has come because the terminal was closed in which the server was started."""
+        return self.has_terminal and not can_open_terminal()
+
+    def begin(self) -> None:
+        """Try the code as it is now in a fresh interpreter."""
+        self.is_wanted_again = bool(self.checker)
+        if self.checker:
+            return
+        self.check_by = time.monotonic() + CHECK_TIMEOUT
+        try:
+            pid = self.signals.fork()
+        except OSError as error:
+            log_error("cannot fork to try the new code: %s" % error.strerror)
+            return
+        if pid == 0:
+            start_again(WEBSERVER_CHECK=str(os.getpid()))
+        self.checker = pid
+
+    def end_check(self, pid: int, status: int) -> None:
+        """Hear what became of the check, if it was its process that was reaped."""
+        if pid != self.checker:
+            return
+        self.checker = 0
+        if self.is_wanted_again:
+            self.begin()
+        elif os.WIFEXITED(status) and os.WEXITSTATUS(status) == CHECK_PASSED:
+            self.is_due = True
+        else:
+            log_error("the new code does not load: the old code goes on")
+            notify_reloading()
+            notify("READY=1")  # else the manager would wait for the end of the reload that it has asked for
+
+    def cancel(self) -> None:
+        """The server is to stop: replace nothing."""
+        self.is_due = self.is_wanted_again = False
+        self.options = self.options._replace(reload=False)
+        if self.checker:
+            send_signal(self.checker, signal.SIGKILL)
+            self.checker = 0
+
+    def watch(self, now: float) -> None:
+        """Look at the sources and at the clock of the check; replace the program if it is time."""
+        if self.checker and now >= self.check_by:
+            send_signal(self.checker, signal.SIGKILL)
+        if self.options.reload and not self.checker and (sources := list_sources()) != self.sources:
+            self.sources = sources
+            self.begin()
+        if self.is_due:
+            self.replace()
+
+    def replace(self) -> None:
+        """Become the new program; return if a signal has come that must be handled first."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        if self.signals.pending:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            return
+        notify_reloading()
+        self.board.retire_all(time.monotonic() + self.options.graceful_timeout)
+        mailbox, fds = self.reactor.mailbox, self.reactor.list_descriptors() + self.queue.end()
+        for first in range(0, len(fds), MAX_DESCRIPTORS):
+            try:
+                mailbox.send(b"rest", *fds[first : first + MAX_DESCRIPTORS])
+            except OSError as error:
+                log_error("connections at rest are lost in the reload: %s" % error.strerror)
+        atexit._run_exitfuncs()  # what the old code has started ends with it
+        flush_output()
+        listener = self.reactor.listener.sock.fileno()
+        kept = Kept(listener, mailbox.receiver.fileno(), mailbox.sender.fileno(), self.board.fd)
+        replace_program(kept)
+
+
+def replace_program(kept: Kept) -> NoReturn:
+    """Start the program again in this process, which keeps these descriptors.
+
+    Until it catches signals, they wait. But where it is a script that calls `serve`, what that starts before would
+    inherit the mask: there SIGHUP and SIGUSR1, by which it would die, are ignored meanwhile.
+    """
+    for fd in kept:
+        os.set_inheritable(fd, True)
+    if __name__ != "__main__":
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    start_again(WEBSERVER_RELOAD=" ".join(map(str, (os.getpid(), *kept))))
+
+
+def find_kept() -> Kept | None:
+    """Return what a reload has left to this process; what it has left to another one means nothing here."""
+    pid, *numbers = map(int, os.environ.pop("WEBSERVER_RELOAD", "0").split())
+    if pid != os.getpid():
+        return None
+    for fd in numbers:
+        os.set_inheritable(fd, False)
+    return Kept(*numbers)
+
+
+def is_check() -> bool:
+    """Return whether this process is to try whether the code loads."""
+    return os.environ.get("WEBSERVER_CHECK") == str(os.getpid())
+
+
+def end_loading(signum: int) -> None:
+    """Handle a signal while the application is loaded: nobody loops, so that it is obeyed at once."""
+    if signum == signal.SIGALRM:
+        log_error("the new code has not loaded in %d seconds" % CHECK_TIMEOUT)
+        os._exit(1)
+    if signum in (signal.SIGTERM, signal.SIGINT):
+        os._exit(0)
+
+
+def can_open_terminal() -> bool:
+    """Return whether this process has a controlling terminal that still exists (tty(4))."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+def start_again(**environ: str) -> NoReturn:
+    """Replace this process by the program as it was started, with these variables in its environment (execve(2))."""
+    try:
+        os.chdir(STARTED_IN)
+        os.execve(sys.executable, STARTED_AS, {**STARTED_WITH, **environ})
+    except OSError as error:
+        log_error("cannot start %s again: %s" % (sys.executable, error.strerror))
+    finally:
+        os._exit(1)
+
+
+def list_sources() -> dict[str, int]:
+    """Return when the sources were changed, also those never imported: one of them may be what breaks an import."""
+    files = [getattr(module, "__dict__", {}).get("__file__") for module in list(sys.modules.values())]
+    sources = [file for file in files if isinstance(file, str) and file.endswith(".py")]
+    folders = {os.path.dirname(os.path.abspath(file)) for file in sources}
+    installed = re.compile("%s/|.*/(site|dist)-packages/" % re.escape(os.path.dirname(os.__file__)))
+    times = {}
+    for folder in (folder for folder in folders if not installed.match(folder + "/")):
+        with suppress(OSError):  # the folder went while we looked
+            for path in (os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".py")):
+                with suppress(OSError):  # the file did, or is a link that leads nowhere
+                    times[path] = os.stat(path).st_mtime_ns
+    return times
+
+
+# ---- 16. Surroundings -------------------------------------------------------
+# What the server takes from the system and tells it: privileges, limits, standard files, the service manager, and what
+# is done once before the first fork so that no fork has to.
+
+
+class StartError(Exception):
+    """One sentence for the person at the command line, and the exit status: 2 for usage, else 1."""
+
+    def __init__(self, sentence: str, status: int = 1) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+def open_standard_files() -> None:
+    """See that descriptors 0 to 2 are open: else a connection would get one of them, and with it what is logged."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    sys.stderr = sys.stderr or io.TextIOWrapper(io.FileIO(2, "w", closefd=False), line_buffering=True)
+    faulthandler.enable(2)  # the Python stack of a segfault
+
+
+def prepare_to_fork() -> None:
+    """Leave nothing behind that a fork would double, lose or copy for no use."""
+    if (threading := sys.modules.get("threading")) and threading.active_count() > 1:
+        names = ", ".join(thread.name for thread in threading.enumerate()[1:])
+        log_error("the application has started threads, which no child will have (%s)" % names)
+    flush_output()  # else each child would flush a copy
+    if weakref := sys.modules.get("weakref"):  # `_registry` is private, but nothing else tells whose they are
+        FINALIZERS[:] = weakref.finalize._registry, dict(weakref.finalize._registry)
+    gc.collect()
+    gc.freeze()  # a collection in a child would write to, and so copy, all that it inherited
+
+
+def rehearse() -> None:
+    """Serve some requests to ourselves, before there is a listening socket.
+
+    What the interpreter learns from them, specialised bytecode and filled caches, every child inherits, and need not
+    learn on pages of its own: a sixth more connections in a second.
+    """
+    options = Options(access_log="off", connections_per_child=12)
+    queue, mailbox = make_channel(), make_channel()
+    serve_page = partial(serve_connection, show_environ, options)
+    clients = [socket.socketpair() for _ in range(options.connections_per_child)]
+    for client, server in clients:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\nConnection: close\r\n\r\n")
+        queue.send(DEADLINE.pack(0.0), server.fileno())
+    Child(serve_page, socket.AF_UNIX, queue, mailbox, Scoreboard(1), options).serve_connections()
+    for pair in (*clients, (queue.sender, queue.receiver), (mailbox.sender, mailbox.receiver)):
+        for sock in pair:
+            sock.close()
+
+
+def become_child() -> None:
+    """In a new child: take back what is only the parent's."""
+    atexit._clear()  # exit handlers run in the process that has registered them; there is no public way
+    if SOFT_LIMIT:
+        lower_descriptor_limit()
+    try:  # the OOM killer takes the largest, which is the parent: a child counts as half of all memory more (proc(5))
+        fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
+        os.write(fd, b"500")
+        os.close(fd)
+    except OSError:
+        pass  # not Linux, or no /proc
+
+
+def drop_privileges(name: str) -> None:
+    """Become another user for good: supplementary groups, group, user, in the order that each step still may."""
+    import grp
+    import pwd
+
+    user, _, group = name.partition(":")
+    try:
+        entry = pwd.getpwnam(user)
+        gid = grp.getgrnam(group).gr_gid if group else entry.pw_gid
+        if get_ids() != ({entry.pw_uid}, {gid}):  # else a reload: it is done
+            os.initgroups(user, gid)
+            os.setgid(gid)
+            os.setuid(entry.pw_uid)
+        if get_ids() != ({entry.pw_uid}, {gid}):
+            raise PermissionError(errno.EPERM, "the former user could be regained")
+    except KeyError:
+        raise StartError("there is no user or group %r" % name) from None
+    except OSError as error:
+        raise StartError("cannot become %r: %s; only root can" % (name, error.strerror)) from None
+    make_dumpable()
+
+
+def get_ids() -> tuple[set[int], set[int]]:
+    """Return all user ids and all group ids of this process: real, effective and saved."""
+    if hasattr(os, "getresuid"):
+        return set(os.getresuid()), set(os.getresgid())
+    return {os.getuid(), os.geteuid()}, {os.getgid(), os.getegid()}
+
+
+def make_dumpable() -> None:
+    """Have /proc/self belong to the new user, who else may not write to it (prctl(2), PR_SET_DUMPABLE; proc(5))."""
+    with suppress(Exception):  # not Linux
+        import ctypes
+
+        ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
+
+
+SOFT_LIMIT: list[int] = []  # the limit of descriptors before it was raised
+OTHER_DESCRIPTORS = 64  # besides those of connections
+
+
+def raise_descriptor_limit(connections: int) -> int:
+    """Raise the soft limit for so many connections, as far as allowed; return how many may be held (getrlimit(2))."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + OTHER_DESCRIPTORS
+    if 0 <= soft < wanted:
+        wanted = min(wanted, hard) if hard >= 0 else wanted
+        SOFT_LIMIT[:] = [soft]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(wanted - OTHER_DESCRIPTORS, 1)
+
+
+def lower_descriptor_limit() -> None:
+    """Set the limit back, in a child: an application may count on what the user has set."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (SOFT_LIMIT[0], resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+
+FINALIZERS: list[Any] = []  # the registry of weakref.finalize, and what is in it before the first fork
+
+
+def run_exit_handlers() -> None:
+    """Run what was registered in this process: by atexit, by weakref.finalize (temporary folders), by multiprocessing.
+
+    The last two have registered themselves with atexit once, in the parent, which is why a child must ask them.
+    """
+    atexit._run_exitfuncs()
+    registry, inherited = FINALIZERS or ((), ())
+    if len(registry) != len(inherited):
+        for finalizer in [own for own in reversed(registry) if own not in inherited and own.atexit]:
+            finalizer()
+    if multiprocessing := sys.modules.get("multiprocessing.process"):
+        for process in multiprocessing.active_children():
+            with suppress(AssertionError):  # is_alive says so of a child of the parent
+                if process.is_alive() and process.daemon:
+                    process.terminate()
+                    process.join()
+
+
+def notify(state: str) -> None:
+    """Tell the service manager that started us, if it asked to be told (sd_notify(3))."""
+    if path := os.environ.get("NOTIFY_SOCKET", ""):
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.setblocking(False)  # it may not be listening any more
+                sock.sendto(state.encode(), "\0" + path[1:] if path[0] == "@" else path)
+        except OSError as error:
+            log_error("cannot notify %s: %s" % (path, error.strerror or error))
+
+
+def notify_reloading() -> None:
+    """Tell it that a reload has begun; READY=1 ends it."""
+    notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
+
+
+def make_shared_file(size: int) -> int:
+    """Return a descriptor of memory that outlives execve(2): memfd_create(2), or a file without a name."""
+    try:
+        fd = os.memfd_create("webserver.py")
+    except (AttributeError, OSError):  # not Linux, or forbidden
+        import tempfile
+
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    os.ftruncate(fd, size)
+    return fd
+
+
+# ---- 17. Application --------------------------------------------------------
+# A name -> a callable; and the application that is served when none is named.
+
+
+def load_application(name: str) -> Application:
+    """Return the application of a name such as `module:app`, `package.module` or `module:make_app()`."""
+    import importlib
+
+    module_name, colon, path = name.partition(":")
+    if not name:
+        return show_environ
+    if module_name.endswith(".py") or not all(part.isidentifier() for part in module_name.split(".")):
+        raise StartError("not the name of a module: %r; write module:app, without .py or /" % module_name, 2)
+    try:
+        module = importlib.import_module(module_name)
+        return find_application(module, path if colon else "application" if hasattr(module, "application") else "app")
+    except StartError:
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and (module_name + ".").startswith(error.name + "."):
+            where = "%s and the installed ones" % os.getcwd()
+            raise StartError("there is no module %r: looked in %s" % (module_name, where)) from None
+        log_exception(error)
+        raise StartError("%s does not load: see the traceback above" % name) from None
+
+
+def find_application(module: Any, path: str) -> Application:
+    """Return what the dotted path leads to; with `()` at its end, what that returns."""
+    found = module
+    for attribute in (path[:-2] if path.endswith("()") else path).split("."):
+        if not hasattr(found, attribute):
+            raise StartError("%s has no %r; it has %s" % (module.__name__, attribute, list_callables(module)))
+        found = getattr(found, attribute)
+    if path.endswith("()") and callable(found):
+        found = found()
+    if not callable(found):
+        raise StartError("%s:%s is not callable; there are %s" % (module.__name__, path, list_callables(module)))
+    application: Application = found
+    return application
+
+
+def list_callables(module: Any) -> str:
+    """Return the names of the module that could be meant."""
+    found = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+    own = [n for n in found if getattr(vars(module)[n], "__module__", module.__name__) == module.__name__]
+    return "these callables: " + ", ".join((own or found)[:12]) if found else "no callables"
 
 
 def show_environ(environ: Environ, start_response: StartResponse) -> list[bytes]:
     """The application that is served when none is named: who answered, and what an application sees."""
-    facts = "%s, process %d, request %d on this connection" % (PRODUCT, os.getpid(), environ["webserver.request"])
+    facts = "%s, process %d, its request number %d" % (PRODUCT, os.getpid(), environ["webserver.requests"])
     rows = [(key, repr(value)) for key, value in sorted(environ.items())]
     if "text/html" in environ.get("HTTP_ACCEPT", ""):
         from html import escape as escape_html
@@ -2155,6 +2932,174 @@ td { overflow-wrap: anywhere } tr { border-top: 1px solid #ddd }
 </table>
 </html>
 """
+
+# ---- 18. Command line -------------------------------------------------------
+# Words -> options, an application and a listening socket. Every mistake of the user is one sentence that says what to
+# do; only a fault inside the user's own module shows a traceback, and only the user's part of it.
+
+
+USAGE = """webserver.py [options] [module:app | module:factory()]
+
+A WSGI server: a request is served by a process of its own, a connection at
+rest costs a descriptor. Without an application it shows a page with the
+environ that an application would see."""
+
+ENVIRONMENT = """environment: PORT serves on all addresses at this port; LISTEN_FDS with LISTEN_PID,
+and NOTIFY_SOCKET, as systemd sets them."""
+
+FOREIGN_OPTIONS = (
+    ("-w --workers", "there are none to count: a process is forked when one is needed; see --max-children"),
+    ("--threads --worker-connections -k --worker-class", "a process is forked when one is needed; see --max-children"),
+    ("-p --port --host", "give the address as --bind HOST:PORT"),
+    ("--max-requests", "a process ends with its connection; see --connections-per-child"),
+    ("-D --daemon --pid", "let the service manager do that"),
+)
+
+
+def parse_command_line(words: list[str]) -> tuple[str, Options]:
+    """Return the name of the application, "" if there is none, and the options; exit with 2 on a mistake."""
+    parser = argparse.ArgumentParser(
+        prog="webserver.py", usage=argparse.SUPPRESS, allow_abbrev=False, description=USAGE, epilog=ENVIRONMENT,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=80),  # else it imports shutil
+    )  # fmt: skip
+    parser.add_argument("application", nargs="?", default="", help=argparse.SUPPRESS)
+    for (name, option), default in zip(OPTIONS.items(), Options()):
+        flags = filter(None, (option.short, "--" + name.replace("_", "-")))
+        if isinstance(default, bool):
+            parser.add_argument(*flags, action="store_true", help=option.help)
+            continue
+        text = option.help + (" (%(default)s)" if default else "")
+        parser.add_argument(*flags, metavar=option.metavar, type=CONVERTERS[type(default)], default=default, help=text)
+    parser.add_argument("--version", action="version", version=PRODUCT)
+    for flag, text in FOREIGN_OPTIONS:
+        refuse, hide = partial(refuse_option, text), argparse.SUPPRESS
+        parser.add_argument(*flag.split(), nargs="?", const="", type=refuse, default=hide, help=hide)
+    values = vars(parser.parse_args(words))
+    return values.pop("application"), Options(**values)
+
+
+def parse_value(pattern: str, convert: Callable[[str], Any], complaint: str, text: str) -> Any:
+    """Return the value of an option whose text the pattern matches."""
+    if not re.fullmatch(pattern, text):
+        raise argparse.ArgumentTypeError(complaint % text)
+    return convert(text)
+
+
+CONVERTERS: dict[type, Callable[[str], Any]] = {
+    str: str,
+    int: partial(parse_value, "[0-9]+", int, "not a whole number: %r"),
+    float: partial(parse_value, r"[0-9]+(\.[0-9]*)?|\.[0-9]+", float, "not a number of seconds: %r"),
+}
+
+
+def refuse_option(sentence: str, _: str) -> NoReturn:
+    """Say what to do instead of an option that other servers have."""
+    raise argparse.ArgumentTypeError(sentence)
+
+
+def check_options(options: Options) -> Options:
+    """Return the options with what follows from the environment; StartError if one is not allowed."""
+    for (name, option), value in zip(OPTIONS.items(), options):
+        flag = "--" + name.replace("_", "-")
+        if option.allowed and isinstance(value, str) and value not in option.allowed:
+            raise StartError("%s is %r, not one of %s" % (flag, value, ", ".join(option.allowed)), 2)
+        if option.allowed and not isinstance(value, str) and not option.allowed[0] <= value <= option.allowed[1]:
+            raise StartError("%s must be from %g to %g" % (flag, *option.allowed), 2)
+    port = os.environ.get("PORT")
+    return options._replace(bind=options.bind or (":" + port if port else "127.0.0.1:8000"))
+
+
+def serve(application: Application, **options: Any) -> None:
+    """Serve the application until SIGTERM or SIGINT; the options are the fields of Options. Raises StartError."""
+    start(lambda: application, Options(**options))
+
+
+def start(load: Callable[[], Application], options: Options) -> None:
+    """Bind, drop privileges, load, and serve."""
+    # Step 1: what needs no socket.
+    options = check_options(options)
+    open_standard_files()
+    if options.check or is_check():
+        application = load()
+        if options.check:
+            print("the application loads: %r" % (application,))
+        flush_output()
+        os._exit(0 if options.check else CHECK_PASSED)  # at once: the application may have started threads
+    rehearse()
+    # Step 2: the sockets, opened or kept in a reload, and then no more privileges.
+    kept = find_kept()
+    options = options._replace(bind=find_inherited_address() or options.bind)
+    sock = socket.socket(fileno=kept.listener) if kept else open_listener(options.bind)
+    listener = Listener(sock, options.bind)
+    mailbox = Channel(*(socket.socket(fileno=fd) for fd in kept[1:3])) if kept else make_channel()
+    if options.user:
+        drop_privileges(options.user)
+    # Step 3: the application. Signals end the process until it is loaded.
+    signals = Signals(mailbox.sender)
+    try:
+        application = load_guarded(load, signals, kept)
+        # Step 4: the loop.
+        run(application, options, listener, mailbox, signals, kept)
+    finally:
+        signals.release()
+
+
+def load_guarded(load: Callable[[], Application], signals: Signals, kept: Kept | None) -> Application:
+    """Return the application; while it is loaded, a signal to stop ends the process, also as PID 1."""
+    signals.receiver = end_loading
+    signals.watch_forks(lambda: None)
+    if not kept:
+        signals.catch(signal.SIGTERM)
+        return load()
+    signals.catch(*SIGNALS)
+    signal.alarm(int(CHECK_TIMEOUT))
+    try:
+        return load()
+    except StartError:
+        time.sleep(TICK)  # it did load when it was checked: try again
+        replace_program(kept)
+    finally:
+        signal.alarm(0)
+
+
+def run(
+    application: Application, options: Options, listener: Listener, mailbox: Channel, signals: Signals,
+    kept: Kept | None,
+) -> None:  # fmt: skip
+    """Serve with children, or without, until the server was stopped."""
+    signals.receiver = signals.pending.append
+    signals.catch(*(signum for signum in SIGNALS if signum != signal.SIGINT or not options.no_fork))
+    size = 8 + options.max_children * SLOT_SIZE
+    board = Scoreboard(1) if options.no_fork else Scoreboard(0, kept.board if kept else make_shared_file(size))
+    options = options._replace(max_connections=raise_descriptor_limit(options.max_connections))
+    reactor = Reactor(listener, mailbox, options)
+    service = partial(serve_connection, application, options)
+    patience = 0.0 if options.no_fork else TICK  # without other processes, who is silent gives way at once
+    child = Child(service, listener.family, make_channel(), mailbox, board, options, patience)
+    prepare_to_fork()
+    loop: Any = Solo(child, reactor, signals) if options.no_fork else Parent(child, reactor, signals, options)
+    signals.detach = loop.detach
+    if os.geteuid() == 0:
+        log_error("running as root: let --user NAME give that up once the address is bound")
+    log_error("serving on %s, pid %d" % (describe_address(listener.sock), os.getpid()))
+    notify("READY=1")
+    loop.run()
+    log_error("stopped")
+
+
+def main() -> int:
+    """Run the command line; return the exit status."""
+    name, options = parse_command_line(sys.argv[1:])
+    sys.path.insert(0, os.getcwd())
+    try:
+        start(partial(load_application, name), options)
+    except StartError as reason:
+        write_line(2, "webserver.py: %s" % reason)
+        return reason.status
+    except KeyboardInterrupt:  # before the loop, or with --no-fork
+        return 130
+    return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())
