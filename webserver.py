@@ -1903,11 +1903,6 @@ class Reactor:
         """Accept who waits in the kernel's queue; return False."""
         deadline = time.monotonic() + self.head_timeout
         for _ in range(ACCEPT_AT_ONCE):
-            if len(self.resting) + len(self.ready) >= self.max_connections:
-                log_throttled("%d connections are held (--max-connections)" % self.max_connections)
-                if not self.close_longest_at_rest():
-                    self.pause_accepting()
-                    break
             try:
                 sock = self.listener.accept()
             except BlockingIOError:
@@ -1919,7 +1914,13 @@ class Reactor:
                 self.close_longest_at_rest()
                 self.pause_accepting()
                 break
+            if len(self.resting) + len(self.ready) >= self.max_connections:
+                log_throttled("%d connections are held (--max-connections)" % self.max_connections)
+                if not self.close_longest_at_rest():
+                    self.pause_accepting()
             self.look_at(Connection(sock, deadline))
+            if self.accepts_at:
+                break
         return False
 
     def pause_accepting(self) -> None:
@@ -1949,7 +1950,9 @@ class Reactor:
         if count == 0:
             self.forget(connection)
             connection.close()
-        elif self.listener.is_unix or is_worth_reading(bytes(self.peeked[:count]), connection.seen):
+        elif self.listener.is_unix or count == connection.seen or (  # woken by the end of what the client sends
+            is_worth_reading(bytes(self.peeked[:count]), connection.seen)
+        ):
             self.make_ready(connection)
         else:
             # Report it when more than these bytes are there (SO_RCVLOWAT, socket(7)). With unix sockets that does not
@@ -2405,8 +2408,7 @@ class Parent:
             reactor.stop_listening()
         is_idle = not (reactor.resting or reactor.ready) and self.queue.count_spare() == len(self.children)
         if now >= times.rest_ends or (is_idle and not reactor.listener.is_open()):
-            while reactor.close_longest_at_rest():
-                pass
+            reactor.expire(float("inf"))
             if now >= times.killing_begins:
                 reactor.ready.clear()
                 kill_all(list(self.children))
