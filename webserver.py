@@ -1727,8 +1727,9 @@ class Child:
                 break
             self.slot.mark_waiting(True)
         self.slot.mark_waiting(False)
-        with suppress(OSError):
-            self.mailbox.send(DONE)
+        if not self.slot.orders[0] & WANTED:  # else the parent forks anyway
+            with suppress(OSError):
+                self.mailbox.send(DONE)
 
     def receive_connection(self) -> tuple[socket.SocketType, float] | None:
         """Return the next connection, and by when its head must be complete; None if this child is to leave."""
@@ -1827,6 +1828,7 @@ def flush_output() -> None:
 
 PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 ACCEPT_AT_ONCE = 64  # connections, before other events are looked at
+SPACE = socket.CMSG_SPACE(MAX_DESCRIPTORS * DESCRIPTOR.size)
 ACCEPT_PAUSE = 0.25  # seconds until accept(2) is tried again after it has failed
 
 
@@ -1893,10 +1895,10 @@ class Reactor:
         """Sleep until something happens, so many seconds at most, and sort it; return whether a child is done."""
         is_done = False
         for key, _ in self.selector.select(seconds):
-            if not isinstance(key.data, Connection):
+            if key.data:
                 is_done |= key.data()  # take_back or accept
-            elif key.data.is_resting:  # else it was closed meanwhile, for a newcomer
-                self.look_at(key.data)
+            elif connection := self.resting.get(key.fd):  # else it was closed meanwhile, for a newcomer
+                self.look_at(connection)
         return is_done
 
     def accept(self) -> bool:
@@ -1968,7 +1970,7 @@ class Reactor:
         if not connection.is_resting:
             connection.is_resting = True
             self.resting[connection.sock.fileno()] = connection
-            self.selector.register(connection.sock, selectors.EVENT_READ, connection)
+            self.selector.register(connection.sock, selectors.EVENT_READ)
 
     def make_ready(self, connection: Connection) -> None:
         """Line a connection up for a child."""
@@ -1986,14 +1988,14 @@ class Reactor:
 
     def take_back(self) -> bool:
         """Receive the connections that children give back; return whether a child has said that it is done."""
-        is_done, space = False, socket.CMSG_SPACE(MAX_DESCRIPTORS * DESCRIPTOR.size)
         while True:
             try:
-                message, rights = self.mailbox.receive(DONT_WAIT, space)
+                message, rights = self.mailbox.receive(DONT_WAIT, SPACE)
             except BlockingIOError:
-                return is_done
-            is_done |= message == DONE  # else it comes with connections, or is the number of a signal
-            for (fd,) in DESCRIPTOR.iter_unpack(rights) if rights else ():
+                return False
+            if not rights:
+                return message == DONE  # else it is the number of a signal
+            for (fd,) in DESCRIPTOR.iter_unpack(rights):
                 self.take(socket.SocketType(self.listener.family, STREAM, 0, fd))
 
     def take(self, sock: socket.SocketType) -> None:
@@ -2216,16 +2218,16 @@ class Parent:
     def run(self) -> None:
         """Serve until the server was stopped and the last child was reaped."""
         while not self.stop_times or self.children or self.reactor.listener.is_open() or self.reactor.ready:
-            now = time.monotonic()
+            now, spare = time.monotonic(), self.queue.count_spare()
             # Step 1: requests go into the queue, one for each child that is there or may be forked.
             if self.reactor.ready:
-                self.hand_over(now)
+                spare -= self.hand_over(now, self.cap - len(self.children) + spare)
             # Step 2: one child more than there are requests waits, so that no client has to wait for a fork.
-            self.keep_spare(now)
+            until = self.keep_spare(now, spare)
             # Step 3: sleep until a client, a child or a signal wants something. In here connections are accepted,
-            # looked at and taken back. Those that are at work come first.
+            # looked at and taken back. Whoever is at work comes first.
             give_way()
-            if self.reactor.wait(self.choose_pause(now)):
+            if self.reactor.wait(max(min(until, self.tick_at) - now, 0.0)):
                 self.fork_at = 0.0  # a child is done: the next one takes the processor from nobody
             # Step 4: do what signals ask for. The most frequent one is SIGCHLD.
             while self.signals.pending:
@@ -2234,41 +2236,44 @@ class Parent:
             if (now := time.monotonic()) >= self.tick_at:
                 self.watch(now)
 
-    def hand_over(self, now: float) -> None:
-        """Put requests into the queue, as many as there are or may be children for; the rest puts on pressure."""
-        ready, free = self.reactor.ready, self.cap - len(self.children) + self.queue.count_spare()
+    def hand_over(self, now: float, free: int) -> int:
+        """Put requests into the queue, for as many children as are free or may be forked; return how many.
+
+        The rest waits in the order of `order_fairly`, and puts on pressure.
+        """
+        ready = self.reactor.ready
         if free < len(ready) and now >= self.fair_at:
             self.fair_at = now + FAIR_ORDER_EVERY
             self.reactor.ready = ready = deque(order_fairly(ready, count_at_work(self.board)))
-        while ready and free > 0 and self.queue.put(ready[0]):
+        before = self.queue.put_in
+        while ready and self.queue.put_in < before + free and self.queue.put(ready[0]):
             ready.popleft()
-            free -= 1
         if ready:
             self.pressed_until = now + TICK
             self.board.order(PRESSED, True)
             log_throttled("all %d processes are at work: requests wait (--max-children)" % self.cap)
+        return self.queue.put_in - before
 
-    def keep_spare(self, now: float) -> None:
-        """Fork a child: a little after the last spare one got work, or at once if a request waits.
+    def keep_spare(self, now: float, spare: int) -> float:
+        """Fork a child: a little after the last spare one got work, or at once if a request waits; return when to look.
 
         A parent that forks while its child answers would take the processor from it. Where children come back for the
         next connection, a request may wait as long; unless others have been waiting since then.
         """
-        spare, has_room = self.queue.count_spare(), len(self.children) < self.cap
-        if spare > 0 or not has_room or (spare == 0 and self.stop_times):
+        if spare > 0 or len(self.children) >= self.cap or (spare == 0 and self.stop_times):
             self.fork_at = None
             self.board.order(WANTED, False)
-            return
-        if self.fork_at is None:
+            return self.tick_at
+        if self.fork_at is None or (now >= self.fork_at > 0 > spare and self.queue.count_taken() >= self.put_in_before):
             self.fork_at, self.put_in_before = now + FORK_DELAY, self.queue.put_in
-        is_due = now >= self.fork_at
-        if is_due and spare < 0 and self.queue.count_taken() >= self.put_in_before:
-            self.fork_at, self.put_in_before = now + FORK_DELAY, self.queue.put_in
-            is_due = False
-        if now >= self.fork_again_at and (is_due or (spare < 0 and self.child.connections == 1)):
+        if spare < 0 and self.child.connections == 1:
+            self.fork_at = now
+        self.fork_at = max(self.fork_at, self.fork_again_at)
+        if now >= self.fork_at:
             self.board.order(WANTED, spare < 0)
             self.fork_at = now if spare < -1 else now + FORK_DELAY
             self.fork()
+        return self.fork_at
 
     def fork(self) -> None:
         """Fork a child, which waits at the queue. If the system allows no more, so many are the cap for a while."""
@@ -2294,8 +2299,7 @@ class Parent:
             os.close(fd)
         for connection in self.reactor.ready:
             os.close(connection.sock.fileno())
-        if self.reactor.listener.is_open():
-            self.reactor.listener.sock.close()
+        self.reactor.listener.sock.close()
         self.signals.receiver = self.child.on_signal
         self.signals.watch_forks(self.child.detach)
         become_child()
@@ -2304,15 +2308,6 @@ class Parent:
         """Give up, in a process that a thread of the application has forked, what is the server's."""
         for fd in (self.reactor.listener.sock.fileno(), *self.reactor.list_descriptors()):
             os.close(fd)
-
-    def choose_pause(self, now: float) -> float:
-        """Return how many seconds the parent may sleep."""
-        until = self.tick_at
-        if self.fork_at is not None:
-            until = min(until, max(self.fork_at, self.fork_again_at))
-        if self.reactor.ready:
-            until = min(until, self.fair_at)
-        return max(until - now, 0.0)
 
     def handle_signal(self, signum: int) -> None:
         """Do what a signal asks for."""
