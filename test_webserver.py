@@ -2592,18 +2592,20 @@ def test_waits_with_one_spare_process_and_returns_to_it(shared: Running) -> None
 
 
 @on_linux
-def test_the_parent_holds_a_connection_at_rest_and_no_process_does(shared: Running) -> None:
-    shared.wait_spare()
-    files, pids = list_files(shared.pid), set()
-    with shared.send() as client:
-        pids.add(read_answer(client).body)
-        for _ in range(2):  # the next request after a rest is served by another process
-            wait_until(lambda: len(list_files(shared.pid)) == len(files) + 1, "the connection to come back")
-            shared.wait_spare()
-            client.sendall(GET)
+def test_the_parent_holds_a_connection_at_rest_and_no_process_does(tmp_path: Any) -> None:
+    pids = set()
+    with Running(tmp_path, app=RUNS_QUERY) as server:
+        server.wait_spare()
+        files = list_files(server.pid)
+        with server.send() as client:
             pids.add(read_answer(client).body)
+            for _ in range(2):  # the next request after a rest is served by another process
+                wait_until(lambda: len(list_files(server.pid)) == len(files) + 1, "the connection to come back")
+                server.wait_spare()
+                client.sendall(GET)
+                pids.add(read_answer(client).body)
         assert len(pids) == 3
-    wait_until(lambda: list_files(shared.pid) == files, "the end of the connection")
+        wait_until(lambda: list_files(server.pid) == files, "the end of the connection")
 
 
 def test_silent_connections_cost_no_process(shared: Running) -> None:

@@ -124,7 +124,7 @@ MAX_CHUNK_LINE = 4096  # 400; a chunk-size with its extensions
 MAX_CHUNK_EXTENSIONS = 16384  # 400; of all chunks together: else 1 byte of data could cost 4096 to parse
 MAX_COLLECTED = 1 << 20  # a chunked body up to this size gets a CONTENT_LENGTH, a larger one is streamed
 MAX_DRAINED = 65536  # what a server reads of a body that the application left unread, to keep the connection
-MAX_REMEMBERED = 4096  # a head, and an eighth of it a line: larger ones are parsed anew, or they would fill the memory
+MAX_REMEMBERED = 2048  # a head: larger ones, and their lines, are parsed anew, or they could fill the memory
 
 TICK = 1.0  # the clock of waiting: a process that waits looks around so often
 HEAD_TIMEOUT = 10.0  # 408; from a head's first byte to its last; silent up to a connection's first byte: closed
@@ -403,16 +403,6 @@ def count_unacknowledged(sock: socket.SocketType) -> int:
 # RFC 9112 §2 to §6 and §9.3, RFC 9110 §5, §7 and §10.1.1.
 
 
-def remember(number: int, size: int) -> Callable[[Callable[[bytes], Any]], Any]:
-    """Decorate a pure function of bytes, so that it remembers its results for so many arguments of so many bytes."""
-
-    def decorate(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-        remembered = lru_cache(number)(parse)
-        return lambda data: remembered(data) if len(data) <= size else parse(data)
-
-    return decorate
-
-
 class Request(NamedTuple):
     """The head of a request, checked; without values, but for its line, it stands for one that could not be read."""
 
@@ -501,8 +491,10 @@ def parse_head(head: bytes) -> Request:
         raise HTTPError(431, "too large a head")
     start = 2 if head.startswith(b"\r\n") else 0  # one empty line before a request-line is tolerated (RFC 9112 §2.2)
     line, *lines = head[start:-4].split(b"\r\n")
-    method, target, authority, path, query, version = parse_request_line(line)
-    fields = parse_fields(lines)
+    is_small = len(head) <= MAX_REMEMBERED
+    parse_line = parse_request_line if is_small else parse_request_line.__wrapped__
+    method, target, authority, path, query, version = parse_line(line)
+    fields = parse_fields(lines, parse_field_line if is_small else parse_field_line.__wrapped__)
     if "host" in fields:
         check_host(fields["host"].encode("latin-1"), "an invalid Host")
     elif version != "HTTP/1.0":
@@ -524,7 +516,7 @@ def make_unread_request(data: bytes) -> Request:
     return Request(method="HEAD" if line.startswith(b"HEAD ") else "", line=line)
 
 
-@remember(256, MAX_REMEMBERED // 8)
+@lru_cache(maxsize=256)
 def parse_request_line(line: bytes) -> tuple[str, str, str | None, str, str, str]:
     """Return the method, the target as it came, its authority, path and query, and the version (RFC 9112 §3)."""
     if len(line) > MAX_REQUEST_LINE:
@@ -562,12 +554,12 @@ def decode_octet(match: re.Match[bytes]) -> bytes:
     return bytes([int(match[1], 16)])
 
 
-def parse_fields(lines: list[bytes]) -> dict[str, str]:
+def parse_fields(lines: list[bytes], parse_line: Callable[[bytes], tuple[str, str]]) -> dict[str, str]:
     """Return the fields by name, repeated ones joined (RFC 9110 §5.3)."""
     if len(lines) > MAX_FIELDS:
         raise HTTPError(431, "too many field lines")
     fields: dict[str, str] = {}
-    for name, value in map(parse_field_line, lines):
+    for name, value in map(parse_line, lines):
         if "_" in name:
             continue  # in the environ it would pass for the name with a hyphen
         if name in fields and name in SINGLETON_FIELDS:
@@ -576,7 +568,7 @@ def parse_fields(lines: list[bytes]) -> dict[str, str]:
     return fields
 
 
-@remember(1024, MAX_REMEMBERED // 8)
+@lru_cache(maxsize=512)
 def parse_field_line(line: bytes) -> tuple[str, str]:
     """Return the name in lower case and the value of a field line (RFC 9112 §5)."""
     if len(line) > MAX_FIELD_LINE:
@@ -1150,10 +1142,7 @@ def serve_request(
     application: Application, options: Options, stream: Stream, connection: Environ, patience: float,
     deadline: float | None,
 ) -> bool:  # fmt: skip
-    """Serve the next request; return whether another may follow (RFC 9112 §9.3).
-
-    ClientSilentError if none begins, ClientGoneError if none will.
-    """
+    """Serve the next request; return whether another may follow. ClientSilentError, ClientGoneError: there is none."""
     response, slot, head, began, detail = Response(stream), stream.slot, b"", 0.0, ""
     try:
         # Step 1: read the head and interpret it.
@@ -1184,7 +1173,7 @@ def serve_request(
     body = response.body
     if not (detail or response.is_closing) and (body is None or body.drain()):
         return True
-    # Only a client that wanted the close itself and whose bytes were all read needs no time for what it may still send.
+    # Only who wanted the close and whose bytes were all read needs no time for what it may still send.
     if detail or stream.has_more() or response.request.is_persistent or (body and not body.is_at_end()):
         stream.linger()
     return False
@@ -1542,10 +1531,17 @@ class Scoreboard:
         self.memory[first : first + SLOT_SIZE] = bytes(SLOT_SIZE)
         self.free.append(slot)
 
-    def read_texts(self, slot: int) -> tuple[str, str]:
-        """Return client and request-line of the child in the slot, as they may be printed."""
-        client, line = TEXTS.unpack_from(self.memory, 56 + slot * SLOT_SIZE)
-        return escape(client.rstrip(b"\0").decode("latin-1")), escape(line.rstrip(b"\0").decode("latin-1"))
+    def read_text(self, slot: int, number: int) -> str:
+        """Return the client (0) or the request-line (1) of the child in the slot, as it may be printed."""
+        text: bytes = TEXTS.unpack_from(self.memory, 56 + slot * SLOT_SIZE)[number]
+        return escape(text.rstrip(b"\0").decode("latin-1"))
+
+    def describe(self, slot: int) -> str:
+        """Return what the child in the slot does."""
+        if not self.since[slot]:
+            return "waiting"
+        doing = "serving" if self.since[slot] > 0 else "waiting for"
+        return '%s %s "%s"' % (doing, self.read_text(slot, 0), self.read_text(slot, 1))
 
     def retire_all(self, leave_by: float) -> None:
         """Tell all children.to leave, and by when; those that were told before keep their time."""
@@ -1843,12 +1839,6 @@ class Connection:
         self.seen = 0  # how many bytes of a head are there that is not whole
         self.group: Any = None  # whose connection it is, once that was asked for
 
-    def close(self) -> None:
-        """End the connection, also if a process that was forked meanwhile holds a copy."""
-        with suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
-        self.sock.close()
-
     def find_group(self) -> Any:
         """Return what all connections of one client have in common."""
         if self.group is None:
@@ -1880,9 +1870,8 @@ class Reactor:
     """Owns the connections that no child works at. It lives in the parent."""
 
     def __init__(self, listener: Listener, mailbox: Channel, options: Options) -> None:
-        self.listener, self.mailbox = listener, mailbox
-        self.max_connections, self.keep_alive = options.max_connections, options.keep_alive
-        self.head_timeout = min(HEAD_TIMEOUT, options.timeout)
+        self.listener, self.mailbox, self.max_connections = listener, mailbox, options.max_connections
+        self.head_timeout, self.keep_alive = min(HEAD_TIMEOUT, options.timeout), options.keep_alive
         self.resting: dict[int, Connection] = {}  # by descriptor, the longest at rest first
         self.ready: deque[Connection] = deque()  # for a child
         self.peeked = memoryview(bytearray(MAX_HEAD + 4))  # enough to see that a head is too large
@@ -1902,42 +1891,38 @@ class Reactor:
         return is_done
 
     def accept(self) -> bool:
-        """Accept who waits in the kernel's queue; return False."""
-        deadline = time.monotonic() + self.head_timeout
+        """Accept who waits in the kernel's queue; for want of room, not for a while. Return False."""
+        deadline, has_room = time.monotonic() + self.head_timeout, True
         for _ in range(ACCEPT_AT_ONCE):
             try:
                 sock = self.listener.accept()
-            except BlockingIOError:
-                break
-            except ConnectionAbortedError:
-                continue  # somebody has gone again
+            except (BlockingIOError, ConnectionAbortedError):
+                break  # nobody is left, or somebody has gone again
             except OSError as error:  # EMFILE, ENFILE, ENOBUFS, ENOMEM
                 log_throttled("cannot accept: %s" % error.strerror)
-                self.close_longest_at_rest()
-                self.pause_accepting()
+                has_room = self.close_longest_at_rest()
                 break
             if len(self.resting) + len(self.ready) >= self.max_connections:
                 log_throttled("%d connections are held (--max-connections)" % self.max_connections)
-                if not self.close_longest_at_rest():
-                    self.pause_accepting()
+                has_room = self.close_longest_at_rest()
             self.look_at(Connection(sock, deadline))
-            if self.accepts_at:
-                break
-        return False
-
-    def pause_accepting(self) -> None:
-        """Let newcomers wait in the kernel's queue for a while."""
-        if not self.accepts_at:
+        if not (has_room or self.accepts_at):
+            self.accepts_at = time.monotonic() + ACCEPT_PAUSE
             self.selector.unregister(self.listener.sock)
-        self.accepts_at = time.monotonic() + ACCEPT_PAUSE
+        return False
 
     def close_longest_at_rest(self) -> bool:
         """Close the connection that has been at rest for the longest time; return whether there was one."""
-        for connection in self.resting.values():
-            self.forget(connection)
-            connection.close()
-            return True
-        return False
+        if connection := next(iter(self.resting.values()), None):
+            self.drop(connection)
+        return connection is not None
+
+    def drop(self, connection: Connection) -> None:
+        """Close a connection: its client sees the end, also if a process that was forked meanwhile holds a copy."""
+        self.forget(connection)
+        with suppress(OSError):
+            connection.sock.shutdown(socket.SHUT_RDWR)
+        connection.sock.close()
 
     def look_at(self, connection: Connection) -> None:
         """Look at what the client has sent: is it for a child, or does the connection rest?"""
@@ -1950,15 +1935,13 @@ class Reactor:
         except OSError:
             count = 0  # a reset
         if count == 0:
-            self.forget(connection)
-            connection.close()
+            self.drop(connection)
         elif self.listener.is_unix or count == connection.seen or (  # woken by the end of what the client sends
             is_worth_reading(bytes(self.peeked[:count]), connection.seen)
         ):
             self.make_ready(connection)
         else:
-            # Report it when more than these bytes are there (SO_RCVLOWAT, socket(7)). With unix sockets that does not
-            # work, so that a child does the waiting there.
+            # The selector reports it when more is there (SO_RCVLOWAT, socket(7)); with unix sockets a child must wait.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count + 1)
             if not connection.seen:  # a head has the head's time, and not more by a byte now and then
                 connection.deadline = min(connection.deadline, time.monotonic() + self.head_timeout)
@@ -1994,7 +1977,7 @@ class Reactor:
             except BlockingIOError:
                 return False
             if not rights:
-                return message == DONE  # else it is the number of a signal
+                return message == DONE  # else it is a signal's number
             for (fd,) in DESCRIPTOR.iter_unpack(rights):
                 self.take(socket.SocketType(self.listener.family, STREAM, 0, fd))
 
@@ -2011,18 +1994,25 @@ class Reactor:
             if connection.seen:
                 self.make_ready(connection)
             else:
-                self.forget(connection)
-                connection.close()
+                self.drop(connection)
 
     def stop_listening(self) -> None:
         """Accept who was in the kernel's queue, and nobody else."""
         if not self.listener.is_foreign:
             self.listener.sock.listen(0)
-        while wait_readable(self.listener.sock, 0) and not self.accepts_at:
+        while not self.accepts_at and wait_readable(self.listener.sock, 0):
             self.accept()
-        if not self.accepts_at:
+        with suppress(KeyError):  # there was no room
             self.selector.unregister(self.listener.sock)
         self.listener.close()
+
+    def close_copies(self) -> None:
+        """Close what is held here, in a process that was forked: the connections live on in the parent."""
+        self.listener.sock.close()
+        for fd in self.resting:
+            os.close(fd)
+        for connection in self.ready:
+            os.close(connection.sock.fileno())
 
     def list_descriptors(self) -> list[int]:
         """Return the descriptors of all connections, fit to be held by another process."""
@@ -2135,6 +2125,7 @@ class Queue:
         self.channel, self.board = channel, board
         self.put_in = 0  # requests
         self.taken_by_dead = -sum(board.taken)  # of these, by children that have ended; the others count for themselves
+        self.fair_at = self.pressed_until = 0.0  # when the order is looked at again, and the pressure is over
         self.idle: set[int] = set()  # slots of children that waited at the last TICK although requests did
 
     def put(self, connection: Connection) -> bool:
@@ -2149,6 +2140,23 @@ class Queue:
         self.put_in += 1
         return True
 
+    def fill(self, reactor: Reactor, now: float, free: int) -> int:
+        """Put requests in, for as many children as are free or may be forked; return how many.
+
+        The rest waits in the order of `order_fairly`, and puts on pressure.
+        """
+        if free < len(reactor.ready) and now >= self.fair_at:
+            self.fair_at = now + FAIR_ORDER_EVERY
+            reactor.ready = deque(order_fairly(reactor.ready, count_at_work(self.board)))
+        before = self.put_in
+        while reactor.ready and self.put_in < before + free and self.put(reactor.ready[0]):
+            reactor.ready.popleft()
+        if reactor.ready:
+            self.pressed_until = now + TICK
+            self.board.order(PRESSED, True)
+            log_throttled("all processes are at work: requests wait (--max-children)")
+        return self.put_in - before
+
     def count_taken(self) -> int:
         """Return how many requests were taken out."""
         return self.taken_by_dead + sum(self.board.taken[: self.board.used])
@@ -2157,11 +2165,12 @@ class Queue:
         """Return how many children wait for which there is no request in the queue; below 0: children are wanted."""
         return sum(self.board.waiting[: self.board.used]) - self.put_in + self.count_taken()
 
-    def dismiss_surplus(self) -> None:
+    def look_after(self, now: float) -> None:
         """Have a quarter of the spare children beyond the one leave: a burst is forgotten in some seconds.
 
         One that has let a request wait for two TICKs in a row is stuck, or was stopped: it counts as spare no more.
         """
+        self.board.order(PRESSED, now < self.pressed_until)
         waiting = {slot for slot, is_waiting in enumerate(self.board.waiting) if is_waiting}
         if self.channel.has_message():
             for slot in waiting & self.idle:
@@ -2185,12 +2194,55 @@ class Queue:
         return untaken
 
 
-class StopTimes(NamedTuple):
-    """When the server that was told to stop does what, on the monotonic clock."""
+class Deadlines:
+    """Owns which children were interrupted, since they made no progress for too long."""
 
-    listening_ends: float
-    rest_ends: float
-    killing_begins: float
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self.interrupted: dict[int, tuple[float, float]] = {}  # by pid: since when it made none, and when it was told
+        self.count = 0
+
+    def enforce(self, now: float, children: dict[int, int], board: Scoreboard) -> None:
+        """Interrupt what makes no progress; kill what takes no notice, or should have left."""
+        for pid, slot in children.items():
+            since = board.since[slot]  # read once: it changes under our eyes
+            if since and now - abs(since) > self.timeout + (ALARM_SLACK if since > 0 else CLIENT_SLACK):
+                if self.interrupted.get(pid, (0.0, 0.0))[0] != since:
+                    self.interrupted[pid] = since, now
+                    self.count += 1
+                is_deaf = now - self.interrupted[pid][1] >= KILL_AFTER
+                send_signal(pid, signal.SIGKILL if is_deaf else signal.SIGALRM)
+        kill_all([pid for pid, slot in children.items() if 0 < board.leave_by[slot] <= now])
+
+
+class Stop:
+    """Owns the end of the server: what happens when, once a signal has asked for it."""
+
+    def __init__(self, options: Options, board: Scoreboard) -> None:
+        log_error("stopping")
+        notify("STOPPING=1")
+        board.order(STOPPING, True)
+        self.listening_ends = time.monotonic() + options.drain_delay
+        self.rest_ends = self.listening_ends + min(LAST_CALL, options.graceful_timeout / 2)
+        self.killing_begins = self.listening_ends + options.graceful_timeout
+
+    def hurry(self) -> None:
+        """Do all of it now."""
+        self.listening_ends = self.rest_ends = self.killing_begins = 0.0
+
+    def go_on(self, now: float, reactor: Reactor, queue: Queue, children: Iterable[int]) -> None:
+        """Close the listening socket, then the connections at rest; let the children finish, kill what is left."""
+        if reactor.listener.is_open() and now >= self.listening_ends:
+            reactor.stop_listening()
+        pids = list(children)
+        is_idle = not (reactor.resting or reactor.ready) and queue.count_spare() == len(pids)
+        if now >= self.rest_ends or (is_idle and not reactor.listener.is_open()):
+            reactor.expire(UNBOUNDED)
+            if now >= self.killing_begins:
+                reactor.ready.clear()
+                kill_all(pids)
+            if not reactor.ready and not queue.channel.has_message():
+                queue.end()
 
 
 class Parent:
@@ -2198,61 +2250,40 @@ class Parent:
 
     def __init__(self, child: Child, reactor: Reactor, signals: Signals, options: Options) -> None:
         self.child, self.reactor, self.signals, self.options = child, reactor, signals, options
-        self.board = child.slot.board
-        self.queue = Queue(child.queue, self.board)
-        self.own_descriptors = (  # that no child needs
-            child.queue.sender.fileno(), child.mailbox.receiver.fileno(), self.board.fd, reactor.selector.fileno(),
-        )  # fmt: skip
+        self.board, self.queue = child.slot.board, Queue(child.queue, child.slot.board)
+        sockets = child.queue.sender, child.mailbox.receiver, reactor.selector
+        self.own_descriptors = (self.board.fd, *(sock.fileno() for sock in sockets))  # that no child needs
         self.reload = Reload(options, signals, self.board, reactor, self.queue)
         self.children = {pid: slot for slot, pid in enumerate(self.board.pids) if pid}  # that a reload has left
         self.cap = options.max_children  # less, where the system does not allow so many
         self.fork_at: float | None = 0.0  # when the next child is to be forked; None: when there is a reason
         self.put_in_before = 0  # how many requests there were when that was decided
-        self.fork_again_at = 0.0  # not before, since children have died before they served
-        self.early_exits = 0  # of such children in a row
-        self.tick_at = self.fair_at = self.pressed_until = 0.0
-        self.interrupted: dict[int, tuple[float, float]] = {}  # by pid: which wait or work of a child, and when
-        self.stop_times: StopTimes | None = None
-        self.totals = {"connections": 0, "forks": 0, "reaped": 0, "timeouts": 0, "crashes": 0}
+        self.early_exits = 0  # of children in a row that have died before they served,
+        self.fork_again_at = self.tick_at = 0.0  # and so no fork before; and when `watch` is due
+        self.deadlines = Deadlines(options.timeout)
+        self.stopping: Stop | None = None
+        self.totals = {"connections": 0, "forks": 0, "reaped": 0, "crashes": 0}
 
     def run(self) -> None:
         """Serve until the server was stopped and the last child was reaped."""
-        while not self.stop_times or self.children or self.reactor.listener.is_open() or self.reactor.ready:
+        while not self.stopping or self.children or self.reactor.listener.is_open() or self.reactor.ready:
             now, spare = time.monotonic(), self.queue.count_spare()
             # Step 1: requests go into the queue, one for each child that is there or may be forked.
             if self.reactor.ready:
-                spare -= self.hand_over(now, self.cap - len(self.children) + spare)
+                spare -= self.queue.fill(self.reactor, now, self.cap - len(self.children) + spare)
             # Step 2: one child more than there are requests waits, so that no client has to wait for a fork.
             until = self.keep_spare(now, spare)
-            # Step 3: sleep until a client, a child or a signal wants something. In here connections are accepted,
-            # looked at and taken back. Whoever is at work comes first.
+            # Step 3: sleep until a client, a child or a signal wants something, after those that are at work. In here
+            # connections are accepted, looked at and taken back.
             give_way()
             if self.reactor.wait(max(min(until, self.tick_at) - now, 0.0)):
                 self.fork_at = 0.0  # a child is done: the next one takes the processor from nobody
-            # Step 4: do what signals ask for. The most frequent one is SIGCHLD.
+            # Step 4: do what signals ask for.
             while self.signals.pending:
                 self.handle_signal(self.signals.pending.pop(0))
             # Step 5: do what is due.
             if (now := time.monotonic()) >= self.tick_at:
                 self.watch(now)
-
-    def hand_over(self, now: float, free: int) -> int:
-        """Put requests into the queue, for as many children as are free or may be forked; return how many.
-
-        The rest waits in the order of `order_fairly`, and puts on pressure.
-        """
-        ready = self.reactor.ready
-        if free < len(ready) and now >= self.fair_at:
-            self.fair_at = now + FAIR_ORDER_EVERY
-            self.reactor.ready = ready = deque(order_fairly(ready, count_at_work(self.board)))
-        before = self.queue.put_in
-        while ready and self.queue.put_in < before + free and self.queue.put(ready[0]):
-            ready.popleft()
-        if ready:
-            self.pressed_until = now + TICK
-            self.board.order(PRESSED, True)
-            log_throttled("all %d processes are at work: requests wait (--max-children)" % self.cap)
-        return self.queue.put_in - before
 
     def keep_spare(self, now: float, spare: int) -> float:
         """Fork a child: a little after the last spare one got work, or at once if a request waits; return when to look.
@@ -2260,7 +2291,7 @@ class Parent:
         A parent that forks while its child answers would take the processor from it. Where children come back for the
         next connection, a request may wait as long; unless others have been waiting since then.
         """
-        if spare > 0 or len(self.children) >= self.cap or (spare == 0 and self.stop_times):
+        if spare > 0 or len(self.children) >= self.cap or (spare == 0 and self.stopping):
             self.fork_at = None
             self.board.order(WANTED, False)
             return self.tick_at
@@ -2295,19 +2326,10 @@ class Parent:
         """In the child: close what is the parent's. Its wake-up descriptor stays: a signal is a byte in the mailbox."""
         for fd in self.own_descriptors:
             os.close(fd)
-        for fd in self.reactor.resting:
-            os.close(fd)
-        for connection in self.reactor.ready:
-            os.close(connection.sock.fileno())
-        self.reactor.listener.sock.close()
+        self.reactor.close_copies()
         self.signals.receiver = self.child.on_signal
         self.signals.watch_forks(self.child.detach)
         become_child()
-
-    def detach(self) -> None:
-        """Give up, in a process that a thread of the application has forked, what is the server's."""
-        for fd in (self.reactor.listener.sock.fileno(), *self.reactor.list_descriptors()):
-            os.close(fd)
 
     def handle_signal(self, signum: int) -> None:
         """Do what a signal asks for."""
@@ -2318,7 +2340,7 @@ class Parent:
         elif signum == signal.SIGHUP:
             self.reload.begin()
         elif signum == signal.SIGUSR1:
-            report(self.board, self.reactor, self.totals)
+            report(self.board, self.reactor, {**self.totals, "timeouts": self.deadlines.count})
 
     def reap(self) -> None:
         """Collect every child that has ended: until then it is a zombie, a pid and a wait status in the kernel.
@@ -2338,77 +2360,42 @@ class Parent:
                 self.record_exit(pid, self.children.pop(pid), status)
             else:
                 self.reload.end_check(pid, status)
-            self.tick_at = 0.0 if self.stop_times or self.reload.is_due else self.tick_at
+            self.tick_at = 0.0 if self.stopping or self.reload.is_due else self.tick_at
 
     def record_exit(self, pid: int, slot: int, status: int) -> None:
         """Free the slot of a child that was reaped, and log it if it did not end by itself."""
         board = self.board
         if status:
             self.totals["crashes"] += 1
-            since, texts = board.since[slot], board.read_texts(slot)
-            doing = "waiting" if not since else ("serving" if since > 0 else "waiting for") + ' %s "%s"' % texts
-            log_error("child %d %s while %s" % (pid, describe_end(status), doing))
+            log_error("child %d %s while %s" % (pid, describe_end(status), board.describe(slot)))
         self.early_exits = self.early_exits + 1 if board.waiting[slot] else 0
         if self.early_exits:  # children that cannot live would be a fork storm
             self.fork_again_at = time.monotonic() + min(0.01 * 2 ** min(self.early_exits, 7), TICK)
         self.fork_at = 0.0  # it was the spare one, or has made room
         self.totals["connections"] += board.taken[slot]
         self.queue.taken_by_dead += board.taken[slot]
-        self.interrupted.pop(pid, None)
+        self.deadlines.interrupted.pop(pid, None)
         board.clear(slot)
 
     def watch(self, now: float) -> None:
         """Do what is due, each TICK, or more often where somebody waits for it."""
-        is_hurried = self.stop_times or self.options.reload
-        self.tick_at = now + (TICK / 4 if is_hurried else TICK)
-        self.board.order(PRESSED, now < self.pressed_until)
+        self.tick_at = now + (TICK / 4 if self.stopping or self.options.reload else TICK)
         self.cap = self.options.max_children  # the system may allow more again
         self.reactor.expire(now)
-        self.enforce_deadlines(now)
-        self.queue.dismiss_surplus()
+        self.deadlines.enforce(now, self.children, self.board)
+        self.queue.look_after(now)
         self.reload.watch(now)
-        if self.stop_times:
-            self.go_on_stopping(now, self.stop_times)
-
-    def enforce_deadlines(self, now: float) -> None:
-        """Interrupt what makes no progress for too long, kill what takes no notice or should have left."""
-        for pid, slot in self.children.items():
-            since = self.board.since[slot]  # read once: it changes under our eyes
-            if since and now - abs(since) > self.options.timeout + (ALARM_SLACK if since > 0 else CLIENT_SLACK):
-                if self.interrupted.get(pid, (0.0, 0.0))[0] != since:
-                    self.interrupted[pid] = since, now
-                    self.totals["timeouts"] += 1
-                is_deaf = now - self.interrupted[pid][1] >= KILL_AFTER
-                send_signal(pid, signal.SIGKILL if is_deaf else signal.SIGALRM)
-        kill_all([pid for pid, slot in self.children.items() if 0 < self.board.leave_by[slot] <= now])
+        if self.stopping:
+            self.stopping.go_on(now, self.reactor, self.queue, self.children)
 
     def stop(self) -> None:
         """Stop gracefully; at the second request, at once."""
-        now = self.tick_at = time.monotonic()
-        if self.stop_times:
-            self.stop_times = StopTimes(now, now, now)
-            return
-        log_error("stopping")
-        notify("STOPPING=1")
-        self.reload.cancel()
-        self.board.order(STOPPING, True)
-        ends = now + self.options.drain_delay
-        killing = ends + self.options.graceful_timeout
-        self.stop_times = StopTimes(ends, ends + min(LAST_CALL, self.options.graceful_timeout / 2), killing)
-
-    def go_on_stopping(self, now: float, times: StopTimes) -> None:
-        """Close the listening socket, then the connections at rest; let the children finish, kill what is left."""
-        reactor = self.reactor
-        if reactor.listener.is_open() and now >= times.listening_ends:
-            reactor.stop_listening()
-        is_idle = not (reactor.resting or reactor.ready) and self.queue.count_spare() == len(self.children)
-        if now >= times.rest_ends or (is_idle and not reactor.listener.is_open()):
-            reactor.expire(float("inf"))
-            if now >= times.killing_begins:
-                reactor.ready.clear()
-                kill_all(list(self.children))
-            if not reactor.ready and not self.queue.channel.has_message():
-                self.queue.end()
+        self.tick_at = 0.0
+        if self.stopping:
+            self.stopping.hurry()
+        else:
+            self.reload.cancel()
+            self.stopping = Stop(self.options, self.board)
 
 
 def count_at_work(board: Scoreboard) -> dict[Any, int]:
@@ -2416,7 +2403,7 @@ def count_at_work(board: Scoreboard) -> dict[Any, int]:
     counts: dict[Any, int] = {}
     for slot in range(board.used):
         if board.since[slot]:
-            group = find_group(board.read_texts(slot)[0])
+            group = find_group(board.read_text(slot, 0))
             counts[group] = counts.get(group, 0) + 1
     return counts
 
@@ -2452,7 +2439,7 @@ def report(board: Scoreboard, reactor: Reactor, totals: dict[str, int]) -> None:
     for pid, slot in sorted((pid, slot) for slot, pid in enumerate(board.pids) if pid):
         since = board.since[slot]
         state = "busy" if since > 0 else "idle" if since < 0 else "waiting" if board.waiting[slot] else "leaving"
-        age, doing = ("%.1f s" % (now - abs(since)), "%s %s" % board.read_texts(slot)) if since else ("-", "")
+        age, doing = ("%.1f s" % (now - abs(since)), board.describe(slot)) if since else ("-", "")
         log_error("%7d %-8s %8s %8d  %s" % (pid, state, age, board.requests[slot], doing))
     log_error("connections at rest: %d, waiting for a process: %d" % (len(reactor.resting), len(reactor.ready)))
     totals = {**totals, "connections": totals["connections"] + sum(board.taken)}
@@ -2482,7 +2469,7 @@ class Solo:
     def detach(self) -> None:
         """Give up, in a process that the application has forked, what is the server's."""
         self.child.detach()
-        self.reactor.listener.sock.close()
+        self.reactor.close_copies()
 
 
 # ---- Part three: what production adds ---------------------------------------
@@ -3075,7 +3062,7 @@ def run(
     child = Child(service, listener.family, make_channel(), mailbox, board, options, patience)
     prepare_to_fork()
     loop: Any = Solo(child, reactor, signals) if options.no_fork else Parent(child, reactor, signals, options)
-    signals.detach = loop.detach
+    signals.detach = loop.detach if options.no_fork else reactor.close_copies
     if os.geteuid() == 0:
         log_error("running as root: let --user NAME give that up once the address is bound")
     log_error("serving on %s, pid %d" % (describe_address(listener.sock), os.getpid()))
