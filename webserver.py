@@ -222,6 +222,7 @@ HOP_BY_HOP_FIELDS = frozenset((
 # Then the process looks around: is the deadline over, which is an absolute time, and do others wait for a process?
 
 ONE_SECOND = struct.pack("@ll", 1, 0)  # a struct timeval
+DONT_WAIT = int(socket.MSG_DONTWAIT)  # as a plain number: its enumeration costs each fork some pages
 RESET_ON_CLOSE, NO_RESET = struct.pack("@ii", 1, 0), struct.pack("@ii", 0, 0)  # a struct linger
 
 
@@ -251,7 +252,7 @@ class Stream:
         if self.pace.seconds:
             self.pace = Pace()  # each request is measured by itself
         try:
-            received = self.sock.recv(RECEIVE_SIZE, 0 if patience else socket.MSG_DONTWAIT)
+            received = self.sock.recv(RECEIVE_SIZE, 0 if patience else DONT_WAIT)
         except BlockingIOError:
             raise ClientSilentError from None
         except OSError as error:
@@ -309,16 +310,18 @@ class Stream:
         ClientGoneError tells how much was sent before.
         """
         self.slot.mark_progress()
-        sent, size = 0, len(data)
+        sent, size = 0, len(data) + sum(map(len, more)) if more else len(data)
         try:
             try:
-                sent = self.sock.sendmsg((data, *more)) if more else self.sock.send(data)
+                sent = self.sock.sendmsg((data, *more), (), DONT_WAIT) if more else self.sock.send(data, DONT_WAIT)
             except BlockingIOError:
-                pass  # a second has passed
-            size += sum(map(len, more)) if more else 0
+                pass  # nothing is taken at once
             if sent < size:
                 self.send_rest(memoryview(b"".join((data, *more)))[sent:])
-        except (OSError, ClientSilentError) as error:
+        except ClientSilentError as error:
+            self.reset_on_close(True)  # or the kernel would go on to hold, for minutes, what was not taken
+            raise ClientGoneError(sent) from error
+        except OSError as error:
             raise ClientGoneError(sent) from error
 
     def send_rest(self, rest: memoryview) -> None:
@@ -349,7 +352,7 @@ class Stream:
             while (now := self.slot.mark_silent()) < began + LINGER_TIMEOUT:
                 is_calm = self.slot.is_calm()  # else there is no time but for what is here already
                 try:
-                    if not self.sock.recv_into(waste, 0, 0 if is_calm else socket.MSG_DONTWAIT):
+                    if not self.sock.recv_into(waste, 0, 0 if is_calm else DONT_WAIT):
                         return
                     heard = now
                 except BlockingIOError:
@@ -1642,7 +1645,7 @@ DEADLINE, DESCRIPTOR = struct.Struct("d"), struct.Struct("i")
 DONE = b"done"  # the last message of a child
 MAX_DESCRIPTORS = 253  # in one message: SCM_MAX_FD of Linux
 RIGHTS = socket.SOL_SOCKET, socket.SCM_RIGHTS
-CLOSE_ON_EXEC, DONT_WAIT = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0)), int(socket.MSG_DONTWAIT)
+CLOSE_ON_EXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 
 
 class Channel:
@@ -1979,11 +1982,8 @@ class Reactor:
             if not rights:
                 return message == DONE  # else it is a signal's number
             for (fd,) in DESCRIPTOR.iter_unpack(rights):
-                self.take(socket.SocketType(self.listener.family, STREAM, 0, fd))
-
-    def take(self, sock: socket.SocketType) -> None:
-        """Hold a connection whose client has been silent for a TICK."""
-        self.rest(Connection(sock, time.monotonic() + max(self.keep_alive - TICK, 0)))
+                sock = socket.SocketType(self.listener.family, STREAM, 0, fd)
+                self.rest(Connection(sock, time.monotonic() + max(self.keep_alive - TICK, 0.0)))  # silent for a TICK
 
     def expire(self, now: float) -> None:
         """Close who has been silent too long; a head that has begun is answered 408 by a child."""
@@ -2026,8 +2026,8 @@ class Reactor:
 # fork(2), waitpid(2), signal(7).
 
 KILL_AFTER = 5.0  # seconds from the signal that interrupts a request to the one that nothing survives
-ALARM_SLACK = 1.25  # seconds that a process is given to see by itself, once in a TICK, that its time is over,
-CLIENT_SLACK = 3.0  # and where it is its client's time, so that the parent never comes first
+ALARM_SLACK = 0.25  # seconds beyond the timeout until the parent interrupts a request,
+CLIENT_SLACK = 3.0  # and a wait for the client, whose end a child sees by itself, once in a TICK
 LAST_CALL = 1.0  # seconds that a connection at rest is given, when it must go, for a request that may be under way
 FORK_DELAY = 0.01  # seconds from the moment that no child is spare to the fork of the next, if none is done before
 FAIR_ORDER_EVERY = 0.05  # seconds: to look at who is at work takes time
@@ -2126,6 +2126,7 @@ class Queue:
         self.put_in = 0  # requests
         self.taken_by_dead = -sum(board.taken)  # of these, by children that have ended; the others count for themselves
         self.fair_at = self.pressed_until = 0.0  # when the order is looked at again, and the pressure is over
+        self.least_spare = 0  # since the last TICK
         self.idle: set[int] = set()  # slots of children that waited at the last TICK although requests did
 
     def put(self, connection: Connection) -> bool:
@@ -2163,10 +2164,12 @@ class Queue:
 
     def count_spare(self) -> int:
         """Return how many children wait for which there is no request in the queue; below 0: children are wanted."""
-        return sum(self.board.waiting[: self.board.used]) - self.put_in + self.count_taken()
+        spare = sum(self.board.waiting[: self.board.used]) - self.put_in + self.count_taken()
+        self.least_spare = min(self.least_spare, spare)
+        return spare
 
     def look_after(self, now: float) -> None:
-        """Have a quarter of the spare children beyond the one leave: a burst is forgotten in some seconds.
+        """Have the spare children beyond the one leave that were not needed since the last TICK.
 
         One that has let a request wait for two TICKs in a row is stuck, or was stopped: it counts as spare no more.
         """
@@ -2180,8 +2183,9 @@ class Queue:
         self.idle = set()
         self.taken_by_dead += self.put_in - self.count_taken()  # one may have died before it could count
         with suppress(OSError):
-            for _ in range((len(waiting) + 2) // 4):
+            for _ in range(self.least_spare - 1):
                 self.channel.send(b"leave")
+        self.least_spare = len(waiting)
 
     def end(self) -> list[int]:
         """Let the children that wait find the end; return the descriptors of the connections that nobody has taken."""
@@ -2237,7 +2241,8 @@ class Stop:
         pids = list(children)
         is_idle = not (reactor.resting or reactor.ready) and queue.count_spare() == len(pids)
         if now >= self.rest_ends or (is_idle and not reactor.listener.is_open()):
-            reactor.expire(UNBOUNDED)
+            while reactor.close_longest_at_rest():
+                pass
             if now >= self.killing_begins:
                 reactor.ready.clear()
                 kill_all(pids)
@@ -2364,18 +2369,17 @@ class Parent:
 
     def record_exit(self, pid: int, slot: int, status: int) -> None:
         """Free the slot of a child that was reaped, and log it if it did not end by itself."""
-        board = self.board
         if status:
             self.totals["crashes"] += 1
-            log_error("child %d %s while %s" % (pid, describe_end(status), board.describe(slot)))
-        self.early_exits = self.early_exits + 1 if board.waiting[slot] else 0
+            log_error("child %d %s while %s" % (pid, describe_end(status), self.board.describe(slot)))
+        self.early_exits = self.early_exits + 1 if self.board.waiting[slot] else 0
         if self.early_exits:  # children that cannot live would be a fork storm
             self.fork_again_at = time.monotonic() + min(0.01 * 2 ** min(self.early_exits, 7), TICK)
         self.fork_at = 0.0  # it was the spare one, or has made room
-        self.totals["connections"] += board.taken[slot]
-        self.queue.taken_by_dead += board.taken[slot]
+        self.totals["connections"] += self.board.taken[slot]
+        self.queue.taken_by_dead += self.board.taken[slot]
         self.deadlines.interrupted.pop(pid, None)
-        board.clear(slot)
+        self.board.clear(slot)
 
     def watch(self, now: float) -> None:
         """Do what is due, each TICK, or more often where somebody waits for it."""
@@ -2459,7 +2463,7 @@ class Solo:
             while self.reactor.ready:
                 connection = self.reactor.ready.popleft()
                 if self.child.serve(connection.sock, connection.deadline):
-                    self.reactor.take(connection.sock)
+                    self.reactor.rest(Connection(connection.sock, time.monotonic() + self.reactor.keep_alive))
                 if not self.child.slot.is_own():
                     exit_child(0)  # in a process that the application has forked
             self.reactor.expire(time.monotonic())
@@ -2639,6 +2643,7 @@ def start_again(**environ: str) -> NoReturn:
     """Replace this process by the program as it was started, with these variables in its environment (execve(2))."""
     try:
         os.chdir(STARTED_IN)
+        lower_descriptor_limit()
         os.execve(sys.executable, STARTED_AS, {**STARTED_WITH, **environ})
     except OSError as error:
         log_error("cannot start %s again: %s" % (sys.executable, error.strerror))
@@ -2717,8 +2722,7 @@ def rehearse() -> None:
 def become_child() -> None:
     """In a new child: take back what is only the parent's."""
     atexit._clear()  # exit handlers run in the process that has registered them; there is no public way
-    if SOFT_LIMIT:
-        lower_descriptor_limit()
+    lower_descriptor_limit()
     try:  # the OOM killer takes the largest, which is the parent: a child counts as half of all memory more (proc(5))
         fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
         os.write(fd, b"500")
@@ -2740,13 +2744,13 @@ def drop_privileges(name: str) -> None:
             os.initgroups(user, gid)
             os.setgid(gid)
             os.setuid(entry.pw_uid)
+            make_dumpable()
         if get_ids() != ({entry.pw_uid}, {gid}):
             raise PermissionError(errno.EPERM, "the former user could be regained")
     except KeyError:
         raise StartError("there is no user or group %r" % name) from None
     except OSError as error:
         raise StartError("cannot become %r: %s; only root can" % (name, error.strerror)) from None
-    make_dumpable()
 
 
 def get_ids() -> tuple[set[int], set[int]]:
@@ -2782,10 +2786,11 @@ def raise_descriptor_limit(connections: int) -> int:
 
 
 def lower_descriptor_limit() -> None:
-    """Set the limit back, in a child: an application may count on what the user has set."""
-    import resource
+    """Set the limit back, if it was raised: an application may count on what the user has set."""
+    if SOFT_LIMIT:
+        import resource
 
-    resource.setrlimit(resource.RLIMIT_NOFILE, (SOFT_LIMIT[0], resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (SOFT_LIMIT[0], resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 
 FINALIZERS: list[Any] = []  # the registry of weakref.finalize, and what is in it before the first fork
