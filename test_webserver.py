@@ -312,7 +312,7 @@ def connected(application: Any = echo, **options: Any) -> Iterator[socket.socket
     client.settimeout(PATIENCE)
     webserver.set_clock(server)
     settings = webserver.Options(**{"access_log": "off", **options})
-    slot = webserver.Slot(webserver.Scoreboard(1), 0)
+    slot = webserver.Slot(webserver.Scoreboard(1))
 
     def serve_to_the_end() -> None:
         while webserver.serve_connection(application, settings, server, ("192.0.2.7", 4711), slot):
@@ -400,7 +400,7 @@ def raise_hang(signum: int, frame: Any) -> None:
     raise TimeoutError("the server hangs")
 
 
-SLOT = webserver.Slot(webserver.Scoreboard(1), 0)
+SLOT = webserver.Slot(webserver.Scoreboard(1))
 
 
 READ_ALL = operator.methodcaller("read")
@@ -3225,8 +3225,9 @@ def test_a_reload_leaves_requests_in_hand_and_connections_at_rest_alone(tmp_path
     with Running(tmp_path, "--max-children", "3", app=RUNS_QUERY) as server:
         busy, idle = server.send(HELD + "answer = 'old'"), server.send()
         with closing(busy, idle):
-            read_answer(idle)
+            pid = int(read_answer(idle).body)
             server.wait_held()
+            wait_until(lambda: pid not in server.children(), "the idle one to be at rest")
             write_file(tmp_path / "app.py", ANSWERS % "new")
             server.process.send_signal(signal.SIGHUP)
             wait_until(lambda: server.answers("new"), "the new code")

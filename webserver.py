@@ -246,13 +246,13 @@ class Stream:
         """Return whether bytes are here that were not consumed."""
         return self.start != len(self.buffer)
 
-    def receive_at_rest(self, patience: float) -> bytes:
-        """Return the first bytes of a request; ClientSilentError if none come in the patience, which is a TICK or 0."""
+    def receive_at_rest(self) -> bytes:
+        """Return the first bytes of a request; ClientSilentError if none come for a second."""
         self.slot.mark_silent()
         if self.pace.seconds:
             self.pace = Pace()  # each request is measured by itself
         try:
-            received = self.sock.recv(RECEIVE_SIZE, 0 if patience else DONT_WAIT)
+            received = self.sock.recv(RECEIVE_SIZE)
         except BlockingIOError:
             raise ClientSilentError from None
         except OSError as error:
@@ -421,23 +421,23 @@ class Request(NamedTuple):
     line: bytes = b""  # the request-line, for the logs: not checked where the head could not be read
 
 
-def read_head(stream: Stream, patience: float, deadline: float | None) -> bytes:
+def read_head(stream: Stream, deadline: float | None) -> bytes:
     """Return the bytes of the next head with its empty line.
 
-    ClientSilentError if none begins within the patience, ClientGoneError if none will; HTTPError if it cannot be good,
-    or is not complete by the deadline. The common case is one recv, and no look at the clock.
+    ClientSilentError if none begins, ClientGoneError if none will; HTTPError if it cannot be good, or is not complete
+    by the deadline. The common case is one recv, and no look at the clock.
     """
     if stream.has_more():
         data, start = stream.buffer, stream.start
         stream.buffer, stream.start = b"", 0
     else:
-        data, start = stream.receive_at_rest(patience), 0
+        data, start = stream.receive_at_rest(), 0
         if data == stream.previous_head:  # the same once more: 10 % faster than to search it and hash it again
             return stream.previous_head
     while data[start : start + 3] in (b"\r", b"\r\n"):  # what old clients send behind a body begins no request
         if deadline and time.monotonic() >= deadline:
             raise ClientGoneError(0)
-        data, start = data[start:] + stream.receive_at_rest(patience), 0
+        data, start = data[start:] + stream.receive_at_rest(), 0
     if (end := data.find(b"\r\n\r\n", start) + 4) < 4:
         stream.buffer = data[start:]
         read_rest_of_head(stream, deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout))
@@ -1129,9 +1129,10 @@ def serve_connection(
     try:
         stream = Stream(sock, slot, options.timeout)
         environ = make_connection_environ(sock, address, not options.no_fork)
-        patience = slot.patience
-        while serve_request(application, options, stream, environ, patience, deadline):
-            patience, deadline = slot.choose_patience(), None
+        while serve_request(application, options, stream, environ, deadline):
+            deadline = None
+            if not (slot.may_wait() or stream.has_more()):
+                return True
         sock.shutdown(socket.SHUT_WR)  # the end for the client, also if a process of the application holds a copy
     except ClientSilentError:
         return True
@@ -1142,14 +1143,13 @@ def serve_connection(
 
 
 def serve_request(
-    application: Application, options: Options, stream: Stream, connection: Environ, patience: float,
-    deadline: float | None,
-) -> bool:  # fmt: skip
+    application: Application, options: Options, stream: Stream, connection: Environ, deadline: float | None
+) -> bool:
     """Serve the next request; return whether another may follow. ClientSilentError, ClientGoneError: there is none."""
     response, slot, head, began, detail = Response(stream), stream.slot, b"", 0.0, ""
     try:
         # Step 1: read the head and interpret it.
-        head = read_head(stream, patience, deadline)
+        head = read_head(stream, deadline)
         request, variables = (interpret_head if len(head) <= MAX_REMEMBERED else interpret_head.__wrapped__)(head)
         # Step 2: make the environ. The body is read when the application reads it.
         began = slot.mark_busy(request.line)
@@ -1556,11 +1556,13 @@ class Scoreboard:
 class Slot:
     """Owns a place on the scoreboard, in which the process that serves says what it does."""
 
-    __slots__ = ("board", "client", "index", "leave_by", "orders", "parent", "patience", "pid", "requests", "since")
+    __slots__ = (
+        "board", "client", "index", "is_one_of_many", "leave_by", "orders", "parent", "pid", "requests", "since",
+    )  # fmt: skip
 
-    def __init__(self, board: Scoreboard, patience: float = TICK) -> None:
+    def __init__(self, board: Scoreboard, is_one_of_many: bool = True) -> None:
         self.client, self.requests = b"", 0
-        self.patience = patience  # how long a client may be silent before it is given back
+        self.is_one_of_many = is_one_of_many  # processes: else all other clients wait for this one
         self.attach(board, 0)
 
     def attach(self, board: Scoreboard, index: int) -> None:
@@ -1620,12 +1622,12 @@ class Slot:
         """Return whether this is still the process that serves, and not one that the application has forked from it."""
         return self.pid == os.getpid()
 
-    def choose_patience(self) -> float:
-        """Return how long the next request may be waited for; give way where the parent needs the processor to fork."""
+    def may_wait(self) -> bool:
+        """Return whether the next request may be waited for; give way where the parent needs the processor to fork."""
         orders = self.orders[0]
         if orders & WANTED:
             give_way()  # it competes with all busy children, and newcomers wait for it
-        return 0.0 if orders & PRESSED or self.is_retiring() else self.patience
+        return self.is_one_of_many and not (orders & PRESSED or self.is_retiring())
 
 
 give_way = getattr(os, "sched_yield", lambda: None)  # sched_yield(2), which not every system has
@@ -1689,12 +1691,11 @@ class Child:
 
     def __init__(
         self, serve: Service, family: int, queue: Channel, mailbox: Channel, board: Scoreboard, options: Options,
-        patience: float = TICK,
     ) -> None:  # fmt: skip
         self.serve_connection, self.family, self.queue, self.mailbox = serve, family, queue, mailbox
         self.connections = options.connections_per_child
         self.timeout, self.graceful_timeout = options.timeout, options.graceful_timeout
-        self.slot = Slot(board, patience)
+        self.slot = Slot(board, is_one_of_many=not options.no_fork)
         self.sock: socket.SocketType | None = None  # the connection in hand
         self.interrupted = 0.0  # since when the wait or the work lasted that was interrupted: once is enough
 
@@ -3063,8 +3064,7 @@ def run(
     options = options._replace(max_connections=raise_descriptor_limit(options.max_connections))
     reactor = Reactor(listener, mailbox, options)
     service = partial(serve_connection, application, options)
-    patience = 0.0 if options.no_fork else TICK  # without other processes, who is silent gives way at once
-    child = Child(service, listener.family, make_channel(), mailbox, board, options, patience)
+    child = Child(service, listener.family, make_channel(), mailbox, board, options)
     prepare_to_fork()
     loop: Any = Solo(child, reactor, signals) if options.no_fork else Parent(child, reactor, signals, options)
     signals.detach = loop.detach if options.no_fork else reactor.close_copies
