@@ -2598,13 +2598,14 @@ def test_the_parent_holds_a_connection_at_rest_and_no_process_does(tmp_path: Any
         server.wait_spare()
         files = list_files(server.pid)
         with server.send() as client:
-            pids.add(read_answer(client).body)
-            for _ in range(2):  # the next request after a rest is served by another process
+            for number in range(1, 4):  # the next request after a rest is served by another process
+                pid = int(read_answer(client).body)
+                pids.add(pid)
+                wait_until(lambda pid=pid: pid not in server.children(), "the end of the process")
                 wait_until(lambda: len(list_files(server.pid)) == len(files) + 1, "the connection to come back")
-                server.wait_spare()
+                assert len(pids) == number
                 client.sendall(GET)
-                pids.add(read_answer(client).body)
-        assert len(pids) == 3
+            read_answer(client)
         wait_until(lambda: list_files(server.pid) == files, "the end of the connection")
 
 

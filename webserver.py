@@ -439,7 +439,7 @@ def read_head(stream: Stream, deadline: float | None) -> bytes:
             raise ClientGoneError(0)
         data, start = data[start:] + stream.receive_at_rest(), 0
     if (end := data.find(b"\r\n\r\n", start) + 4) < 4:
-        stream.buffer = data[start:]
+        stream.buffer, stream.start = data[start:], 0
         read_rest_of_head(stream, deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout))
         data, start = stream.buffer, 0
         end = data.find(b"\r\n\r\n") + 4
@@ -1576,12 +1576,10 @@ class Slot:
         self.since[self.index] = 0.0
         self.board.waiting[self.index] = is_waiting
 
-    def mark_taken(self, client: str) -> None:
+    def mark_taken(self) -> None:
         """A connection has come."""
-        board, index = self.board, self.index
-        board.waiting[index] = 0
-        board.taken[index] += 1
-        self.client = client.encode("ascii", "replace")
+        self.board.waiting[self.index] = 0
+        self.board.taken[self.index] += 1
 
     def mark_silent(self) -> float:
         """The client is waited for; return the time."""
@@ -1744,6 +1742,7 @@ class Child:
                 return None
             if not rights:  # asked to leave, or the end of the queue
                 return None
+            self.slot.mark_taken()
             sock = socket.SocketType(self.family, STREAM, 0, DESCRIPTOR.unpack(rights)[0])
             if sock.gettimeout() is not None:  # an application has set a default: the clock would mean nothing
                 sock.setblocking(True)
@@ -1756,7 +1755,7 @@ class Child:
             address = sock.getpeername()
         except OSError:  # it was reset
             address = ""
-        self.slot.mark_taken(str(address[0]) if isinstance(address, tuple) else "unix")
+        self.slot.client = address[0].encode() if isinstance(address, tuple) else b"unix"
         return self.serve_connection(sock, address, self.slot, deadline)
 
     def give_back(self, sock: socket.SocketType) -> None:
@@ -1765,10 +1764,11 @@ class Child:
             try:
                 self.mailbox.send(b"back", sock.fileno())
                 break
-            except BlockingIOError:
-                log_throttled("the parent has no time to take back connections at rest")
-            except OSError:
-                break  # the parent is dead
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS):
+                    break  # the parent is dead
+                log_throttled("cannot give a connection at rest back: %s" % error.strerror)
+            self.slot.mark_silent()
             if wait_readable(sock, TICK) and not self.serve(sock):
                 return
         sock.close()
@@ -2261,6 +2261,8 @@ class Parent:
         self.own_descriptors = (self.board.fd, *(sock.fileno() for sock in sockets))  # that no child needs
         self.reload = Reload(options, signals, self.board, reactor, self.queue)
         self.children = {pid: slot for slot, pid in enumerate(self.board.pids) if pid}  # that a reload has left
+        for slot in self.children.values():  # they may have waited for the mailbox while the new code was loaded
+            self.board.leave_by[slot] = max(self.board.leave_by[slot], time.monotonic() + CLIENT_SLACK)
         self.cap = options.max_children  # less, where the system does not allow so many
         self.fork_at: float | None = 0.0  # when the next child is to be forked; None: when there is a reason
         self.put_in_before = 0  # how many requests there were when that was decided
@@ -2622,13 +2624,14 @@ def is_check() -> bool:
     return os.environ.get("WEBSERVER_CHECK") == str(os.getpid())
 
 
-def end_loading(signum: int) -> None:
-    """Handle a signal while the application is loaded: nobody loops, so that it is obeyed at once."""
+def end_loading(pending: list[int], signum: int) -> None:
+    """Handle a signal while the application is loaded: nobody loops, so that one to stop is obeyed at once."""
     if signum == signal.SIGALRM:
         log_error("the new code has not loaded in %d seconds" % CHECK_TIMEOUT)
         os._exit(1)
     if signum in (signal.SIGTERM, signal.SIGINT):
         os._exit(0)
+    pending.append(signum)
 
 
 def can_open_terminal() -> bool:
@@ -3036,7 +3039,7 @@ def start(load: Callable[[], Application], options: Options) -> None:
 
 def load_guarded(load: Callable[[], Application], signals: Signals, kept: Kept | None) -> Application:
     """Return the application; while it is loaded, a signal to stop ends the process, also as PID 1."""
-    signals.receiver = end_loading
+    signals.receiver = partial(end_loading, signals.pending)
     signals.watch_forks(lambda: None)
     if not kept:
         signals.catch(signal.SIGTERM)
