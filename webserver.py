@@ -16,10 +16,8 @@ each section the headline comes first, then what it calls. Three lives run throu
     accept -> rest -> a whole head -> queue -> child: requests -> silence -> rest    the life of a connection
     fork -> receive a connection -> serve -> exit -> reap                            the life of a child
 
-`grep '^# ----' webserver.py` prints the table of contents. The last function, `main`, is the summary.
-
-What it refuses to be: HTTP/2, WebSocket, ASGI, a server of static files, a daemon, Windows (which has no fork). The
-first and the fourth are the work of a proxy in front.
+`grep '^# ----' webserver.py` prints the table of contents. The last function, `main`, is the summary. What it refuses
+to be: HTTP/2 and a server of static files (the work of a proxy in front), WebSocket, ASGI, a daemon, Windows.
 
 Sources, cited where a rule is enforced: RFC 9110 (HTTP semantics), RFC 9112 (HTTP/1.1), RFC 3986 (URI), PEP 3333
 (WSGI), and the man pages waitpid(2), signal(7), socket(7), tcp(7), unix(7), sd_listen_fds(3) and sd_notify(3).
@@ -64,11 +62,8 @@ Application = Callable[[Environ, StartResponse], Iterable[bytes]]
 
 
 # ---- Part one: HTTP and WSGI ------------------------------------------------
-# bytes -> Stream -> Request -> environ -> application -> Response -> bytes
-#
 # ---- 1. Options and limits --------------------------------------------------
-# What can be set, and every limit that no option sets, with its reason and the status that answers an excess. Sizes
-# are in bytes, times in seconds.
+# What can be set, and every other limit with its reason and the status that answers an excess. In bytes and seconds.
 
 
 class Options(NamedTuple):
@@ -125,7 +120,6 @@ MAX_CHUNK_EXTENSIONS = 16384  # 400; of all chunks together: else 1 byte of data
 MAX_COLLECTED = 1 << 20  # a chunked body up to this size gets a CONTENT_LENGTH, a larger one is streamed
 MAX_DRAINED = 65536  # what a server reads of a body that the application left unread, to keep the connection
 MAX_REMEMBERED = 2048  # a head: larger ones, and their lines, are parsed anew, or they could fill the memory
-
 TICK = 1.0  # the clock of waiting: a process that waits looks around so often
 HEAD_TIMEOUT = 10.0  # 408; from a head's first byte to its last; silent up to a connection's first byte: closed
 MIN_RATE = 500  # 408; bytes a second that a client must send or take, as the default of Apache's mod_reqtimeout
@@ -133,11 +127,11 @@ MIN_RATE_GRACE = 20.0  # while it is waited for so long; after that, on average
 MIN_RATE_PRESSED = 32768  # the same under pressure, in each second: a third of what a slow mobile network does
 LINGER_TIMEOUT = 30.0  # to read and drop what a refused client still sends, as nginx's lingering_time
 LINGER_SILENCE = 2.0  # and how long it may send nothing meanwhile
-
 RECEIVE_SIZE = 65536  # one recv
 JOIN_SIZE = 16384  # up to here copying blocks together is cheaper than sendmsg
 FILE_BLOCK_SIZE = 1 << 18  # what is read of a file at once
-
+PLAIN_FILES = [(kind, io.FileIO) for kind in (io.FileIO, io.BufferedReader, io.BufferedRandom)]  # with their `raw`
+UNBOUNDED = float("inf")  # the length of a body that nothing tells beforehand
 REASONS = {
     400: "Bad Request", 408: "Request Timeout", 413: "Content Too Large", 414: "URI Too Long",
     417: "Expectation Failed", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
@@ -161,6 +155,12 @@ class Overdue(BaseException):
     """The deadline of the request has passed; no Exception, so that an application's `except Exception` lets it by."""
 
 
+def require(condition: Any, status: int, detail: str) -> None:
+    """Refuse the request with the status and the detail unless the condition holds."""
+    if not condition:
+        raise HTTPError(status, detail)
+
+
 # ---- 2. Grammar -------------------------------------------------------------
 # The ABNF rule in a comment, under it the pattern of the same name, to be used with fullmatch. What these patterns do
 # not match is refused, never repaired: each repair is a message that two servers understand in two ways.
@@ -168,47 +168,36 @@ class Overdue(BaseException):
 # token = 1*tchar (RFC 9110 §5.6.2)
 token = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 TOKEN = re.compile(token)
-
 # quoted-string = DQUOTE *( qdtext / quoted-pair ) DQUOTE (RFC 9110 §5.6.4)
 quoted_string = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'
-
 # request-line = method SP request-target SP HTTP-version (RFC 9112 §3); a target is visible US-ASCII
 REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % token)
-
 # origin-form = absolute-path [ "?" query ], or absolute-form with a scheme that comes over HTTP (RFC 9112 §3.2);
 # browsers send more characters than RFC 3986 allows, but never a fragment
 TARGET = re.compile(rb"(?:(?i:https?)://([^/?#]*))?(/[^?#]*)?(?:\?([^#]*))?")
-
-# pct-encoded = "%" HEXDIG HEXDIG (RFC 3986 §2.1); the two digits are missing in one that is broken
-PCT_ENCODED = re.compile(rb"%([0-9A-Fa-f]{2})?")
-
+# pct-encoded = "%" HEXDIG HEXDIG (RFC 3986 §2.1)
+PCT_ENCODED = re.compile(rb"%([0-9A-Fa-f]{2})")
 # Host = uri-host [ ":" port ] (RFC 9110 §7.2); IP-literal / IPv4address / reg-name (RFC 3986 §3.2.2)
 HOST = re.compile(
     rb"(?:\[(?:([0-9A-Fa-f:.]+)|[vV][0-9A-Fa-f]+\.[A-Za-z0-9._~!$&'()*+,;=:-]+)\]"
     rb"|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]*)?"
 )
-
 # field-value = *( VCHAR / obs-text / SP / HTAB ) (RFC 9110 §5.5); neither CR, LF, NUL nor any other control
 FIELD_VALUE = re.compile(rb"[\t \x21-\x7e\x80-\xff]*")
-
 # chunk-size [ chunk-ext ] (RFC 9112 §7.1); 16 digits are 2^64 - 1
 CHUNK_LINE = re.compile(
     rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*)" % (token, token, quoted_string)
 )
-
 # A byte that no head may hold, wherever its end will be: a control, a bare LF, a bare CR (RFC 9112 §2.2)
 BAD_HEAD_BYTE = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?=[^\n])")
-
 # Fields that a message can have but once; to join two of them would be to choose one (RFC 9110 §5.3)
 SINGLETON_FIELDS = frozenset((
     "authorization", "content-type", "date", "from", "host", "if-modified-since", "if-range", "if-unmodified-since",
     "max-forwards", "proxy-authorization", "range", "referer", "user-agent",
 ))  # fmt: skip
-
 # status-line's status-code SP [ reason-phrase ] as PEP 3333 writes it; an application sends no interim status
 STATUS = re.compile(r"[2-9][0-9][0-9](?: [\t\x20-\x7e\x80-\xff]*)?")
 RESPONSE_FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
-
 # Fields that belong to the connection and so to the server alone (RFC 9110 §7.6.1; PEP 3333, "Other HTTP Features")
 HOP_BY_HOP_FIELDS = frozenset((
     "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer", "trailers",
@@ -223,17 +212,14 @@ HOP_BY_HOP_FIELDS = frozenset((
 
 ONE_SECOND = struct.pack("@ll", 1, 0)  # a struct timeval
 DONT_WAIT = int(socket.MSG_DONTWAIT)  # as a plain number: its enumeration costs each fork some pages
-RESET_ON_CLOSE, NO_RESET = struct.pack("@ii", 1, 0), struct.pack("@ii", 0, 0)  # a struct linger
 
 
 class Stream:
-    """Owns a connected socket and the bytes received from it but not yet consumed.
+    """Owns a connected socket and the bytes received from it but not yet consumed."""
 
-    What it does with the socket raises ClientGoneError when there is no client any more. What receives raises
-    ClientSilentError when nothing comes for the timeout, when less comes than `Pace` asks for, or, while others wait
-    for a process, when nothing comes for a second.
-    """
-
+    # What it does with the socket raises ClientGoneError when there is no client any more. What receives raises
+    # ClientSilentError when nothing comes for the timeout, when less comes than `Pace` asks for, or, while others wait
+    # for a process, when nothing comes for a second.
     __slots__ = ("buffer", "pace", "previous_head", "slot", "sock", "start", "timeout")
 
     def __init__(self, sock: socket.SocketType, slot: Slot, timeout: float) -> None:
@@ -292,23 +278,17 @@ class Stream:
         view[: len(taken)] = taken
         return len(taken)
 
-    def read_line(self, limit: int) -> bytes:
-        """Return the next line without its CRLF (RFC 9112 §2.2); HTTPError if it is too long or ends in a bare LF."""
+    def read_line(self, limit: int, excess: str = "too long a line in the chunked body") -> bytes:
+        """Return the next line without its CRLF (RFC 9112 §2.2); HTTPError, at once, if it is too long or has none."""
         while (end := self.buffer.find(b"\n", self.start, self.start + limit + 2)) < 0:
-            if len(self.buffer) - self.start > limit + 1:
-                raise HTTPError(400, "too long a line in the chunked body")
-            if not self.receive_more():
-                raise HTTPError(400, "the client closed inside the chunked body")
+            require(self.buffer[self.start + limit : self.start + limit + 2] in (b"", b"\r"), 400, excess)
+            require(self.receive_more(), 400, "the client closed inside the chunked body")
         line, self.start = self.buffer[self.start : end], end + 1
-        if not line.endswith(b"\r"):
-            raise HTTPError(400, "a bare LF in the chunked body")
+        require(line.endswith(b"\r"), 400, "a bare LF in the chunked body")
         return line[:-1]
 
     def send(self, data: bytes, *more: bytes) -> None:
-        """Send all the data, large parts of it without a copy; to have it is progress.
-
-        ClientGoneError tells how much was sent before.
-        """
+        """Send all the data, large parts without a copy: that is progress. ClientGoneError tells how much was sent."""
         self.slot.mark_progress()
         sent, size = 0, len(data) + sum(map(len, more)) if more else len(data)
         try:
@@ -325,11 +305,9 @@ class Stream:
             raise ClientGoneError(sent) from error
 
     def send_rest(self, rest: memoryview) -> None:
-        """Send what was not taken at once, as long as the client goes on taking.
-
-        That is seen by what it has acknowledged (SIOCOUTQ, tcp(7)): send(2) itself blocks until a third of a large
-        buffer is free, which a slow client needs more than a second for.
-        """
+        """Send what was not taken at once, as long as the client goes on taking."""
+        # That is seen by what it has acknowledged (SIOCOUTQ, tcp(7)): send(2) itself blocks until a third of a large
+        # buffer is free, which a slow client needs more than a second for.
         owed, deadline = count_unacknowledged(self.sock), time.monotonic() + self.timeout
         while rest:
             began, sent, owed_before = self.slot.mark_silent(), 0, owed
@@ -346,13 +324,12 @@ class Stream:
     def linger(self) -> None:
         """End our side, then drop what still comes: to close with bytes unread resets the answer (RFC 9112 §9.6)."""
         began = heard = time.monotonic()
-        waste = bytearray(RECEIVE_SIZE)
         with suppress(OSError, ClientSilentError):  # gone: it is over
             self.sock.shutdown(socket.SHUT_WR)
             while (now := self.slot.mark_silent()) < began + LINGER_TIMEOUT:
                 is_calm = self.slot.is_calm()  # else there is no time but for what is here already
                 try:
-                    if not self.sock.recv_into(waste, 0, 0 if is_calm else DONT_WAIT):
+                    if not self.sock.recv(RECEIVE_SIZE, 0 if is_calm else DONT_WAIT):
                         return
                     heard = now
                 except BlockingIOError:
@@ -361,27 +338,20 @@ class Stream:
 
     def reset_on_close(self, is_wanted: bool) -> None:
         """Have a close, also that of a process that dies, reset the connection (socket(7), SO_LINGER)."""
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE if is_wanted else NO_RESET)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", is_wanted, 0))  # a struct linger
 
 
 class Pace:
     """Owns how fast the client is within one request: how long it was waited for, and what came of that."""
 
-    __slots__ = ("count", "recent_count", "recent_seconds", "seconds")
-
-    def __init__(self) -> None:
-        self.seconds = self.recent_seconds = 0.0
-        self.count = self.recent_count = 0
+    seconds = recent_seconds = 0.0
+    count = recent_count = 0
 
     def add(self, seconds: float, count: int, is_pressed: bool) -> None:
-        """Add a wait and what it has brought, in bytes; ClientSilentError if that is too little.
-
-        A client may be slow at times, so that it is judged by the average; but not while others wait for its process.
-        """
-        self.seconds += seconds
-        self.count += count
-        self.recent_seconds += seconds
-        self.recent_count += count
+        """Add a wait and what it has brought, in bytes; ClientSilentError if that is too little."""
+        # A client may be slow at times and is judged by the average; but not while others wait for its process.
+        self.seconds, self.count = self.seconds + seconds, self.count + count
+        self.recent_seconds, self.recent_count = self.recent_seconds + seconds, self.recent_count + count
         if self.recent_seconds >= TICK:
             is_slow = is_pressed and self.recent_count < MIN_RATE_PRESSED * self.recent_seconds
             if is_slow or (self.seconds > MIN_RATE_GRACE and self.count < MIN_RATE * self.seconds):
@@ -422,11 +392,8 @@ class Request(NamedTuple):
 
 
 def read_head(stream: Stream, deadline: float | None) -> bytes:
-    """Return the bytes of the next head with its empty line.
-
-    ClientSilentError if none begins, ClientGoneError if none will; HTTPError if it cannot be good, or is not complete
-    by the deadline. The common case is one recv, and no look at the clock.
-    """
+    """Return the next head with its empty line: in the common case by one recv, and without a look at the clock."""
+    # ClientSilentError: none begins. HTTPError: it cannot be good, or is not whole by the deadline.
     if stream.has_more():
         data, start = stream.buffer, stream.start
         stream.buffer, stream.start = b"", 0
@@ -439,59 +406,43 @@ def read_head(stream: Stream, deadline: float | None) -> bytes:
             raise ClientGoneError(0)
         data, start = data[start:] + stream.receive_at_rest(), 0
     if (end := data.find(b"\r\n\r\n", start) + 4) < 4:
-        stream.buffer, stream.start = data[start:], 0
-        read_rest_of_head(stream, deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout))
+        stream.buffer, stream.start, checked = data[start:], 0, 0
+        deadline = deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout)
+        while (end := stream.buffer.find(b"\r\n\r\n", max(checked - 2, 0)) + 4) < 4:
+            check_partial_head(stream.buffer, checked)
+            checked = len(stream.buffer) - 1
+            require(time.monotonic() < deadline, 408, "the head was not complete in time")
+            try:
+                require(stream.receive_more(deadline), 400, "the client closed inside the head")
+            except ClientSilentError:
+                raise HTTPError(408, "the head was not complete in time") from None
         data, start = stream.buffer, 0
-        end = data.find(b"\r\n\r\n") + 4
     stream.buffer, stream.start, stream.previous_head = data, end, data[start:end]
     return stream.previous_head
 
 
-def read_rest_of_head(stream: Stream, deadline: float) -> None:
-    """Receive until the head is whole; HTTPError if it cannot be good, or is not complete by the deadline."""
-    checked = 0
-    while b"\r\n\r\n" not in stream.buffer:
-        check_partial_head(stream.buffer, checked)
-        checked = len(stream.buffer) - 1
-        if time.monotonic() >= deadline:
-            raise HTTPError(408, "the head was not complete in time")
-        try:
-            if not stream.receive_more(deadline):
-                raise HTTPError(400, "the client closed inside the head")
-        except ClientSilentError:
-            raise HTTPError(408, "the head was not complete in time") from None
-
-
 def is_worth_reading(data: bytes, checked: int) -> bool:
-    """Return whether these first bytes of a request are a whole head, or such that no further byte can mend them.
-
-    As many of them as `checked` were looked at before. Part two asks, which holds connections that have sent less.
-    """
-    if data.find(b"\r\n\r\n", max(checked - 3, 0)) >= 0:
-        return True
-    try:
-        check_partial_head(data, max(checked - 1, 0))
-    except HTTPError:
-        return True
-    return False
+    """Return whether these bytes, of which so many were checked before, are a whole head or cannot be mended."""
+    if data.find(b"\r\n\r\n", max(checked - 3, 0)) < 0:
+        with suppress(HTTPError):
+            check_partial_head(data, max(checked - 1, 0))
+            return False  # part two holds the connection on
+    return True
 
 
 def check_partial_head(data: bytes, checked: int) -> None:
     """Refuse at once, and not at the deadline, what no further byte can mend; so many bytes were checked before."""
-    if data.startswith(b"\x16\x03"):
-        raise HTTPError(400, "a TLS handshake on a port without TLS")
-    if BAD_HEAD_BYTE.search(data, checked):
-        raise HTTPError(400, "a control byte or a bare CR or LF in the head")
-    if len(data) > MAX_REQUEST_LINE + 3 and b"\r\n" not in data[2 : MAX_REQUEST_LINE + 4]:
-        raise HTTPError(414, "a request-line that does not end")
-    if len(data) > MAX_HEAD:
-        raise HTTPError(431, "a head that does not end")
+    require(not data.startswith(b"\x16\x03"), 400, "a TLS handshake on a port without TLS")
+    require(not BAD_HEAD_BYTE.search(data, checked), 400, "a control byte or a bare CR or LF in the head")
+    is_short = len(data) < MAX_REQUEST_LINE + 4
+    require(is_short or b"\r\n" in data[2 : MAX_REQUEST_LINE + 4], 414, "a request-line that does not end")
+    require(len(data) <= MAX_HEAD, 431, "a head that does not end")
 
 
-def parse_head(head: bytes) -> Request:
-    """Return the request that these bytes are, from the request-line to the empty line."""
-    if len(head) > MAX_HEAD:
-        raise HTTPError(431, "too large a head")
+@lru_cache(maxsize=64)
+def parse_head(head: bytes) -> tuple[Request, Environ]:
+    """Return the request that a head is, and its part of the environ: one look-up for a head that repeats."""
+    require(len(head) <= MAX_HEAD, 431, "too large a head")
     start = 2 if head.startswith(b"\r\n") else 0  # one empty line before a request-line is tolerated (RFC 9112 §2.2)
     line, *lines = head[start:-4].split(b"\r\n")
     is_small = len(head) <= MAX_REMEMBERED
@@ -500,8 +451,8 @@ def parse_head(head: bytes) -> Request:
     fields = parse_fields(lines, parse_field_line if is_small else parse_field_line.__wrapped__)
     if "host" in fields:
         check_host(fields["host"].encode("latin-1"), "an invalid Host")
-    elif version != "HTTP/1.0":
-        raise HTTPError(400, "no Host")
+    else:
+        require(version == "HTTP/1.0", 400, "no Host")
     if authority is not None:
         fields["host"] = authority  # RFC 9112 §3.2.2
     length = parse_framing(version, fields)
@@ -509,58 +460,42 @@ def parse_head(head: bytes) -> Request:
         fields["content-length"] = str(length)  # repeats of it become one
     options = parse_list(fields["connection"]) if "connection" in fields else ()
     is_persistent = "close" not in options and (version != "HTTP/1.0" or "keep-alive" in options)
-    expects_continue = "expect" in fields and parse_expect(version, fields["expect"])
-    return Request(method, target, path, query, version, fields, length, is_persistent, expects_continue, line)
-
-
-def make_unread_request(data: bytes) -> Request:
-    """Return what stands for a request whose head could not be read: its line as far as it came."""
-    line = data.lstrip(b"\r\n").partition(b"\r\n")[0]
-    return Request(method="HEAD" if line.startswith(b"HEAD ") else "", line=line)
+    expectations = parse_list(fields["expect"]) if "expect" in fields else ()
+    if expectations and {*expectations} != {"100-continue"}:
+        raise HTTPError(417, "an expectation other than 100-continue")
+    expects_continue = bool(expectations) and version != "HTTP/1.0"  # which knows none (RFC 9110 §10.1.1)
+    request = Request(method, target, path, query, version, fields, length, is_persistent, expects_continue, line)
+    return request, make_request_environ(request)
 
 
 @lru_cache(maxsize=256)
 def parse_request_line(line: bytes) -> tuple[str, str, str | None, str, str, str]:
     """Return the method, the target as it came, its authority, path and query, and the version (RFC 9112 §3)."""
-    if len(line) > MAX_REQUEST_LINE:
-        raise HTTPError(414, "too long a request-line")
+    require(len(line) <= MAX_REQUEST_LINE, 414, "too long a request-line")
     if not (match := REQUEST_LINE.fullmatch(line)):
         raise HTTPError(400, "a malformed request-line")
     method, target, major, minor = match.groups()
-    if major != b"1":
-        raise HTTPError(505, "not a version of HTTP/1")
-    if method == b"CONNECT":
-        raise HTTPError(501, "CONNECT is for proxies")
+    require(major == b"1", 505, "not a version of HTTP/1")
+    require(method != b"CONNECT", 501, "CONNECT is for proxies")
     version = "HTTP/1.0" if minor == b"0" else "HTTP/1.1"  # a higher minor version is answered as 1.1 (RFC 9110 §2.5)
-    return (method.decode(), target.decode(), *parse_target(method, target), version)
-
-
-def parse_target(method: bytes, target: bytes) -> tuple[str | None, str, str]:
-    """Return the authority, the path and the query of a request-target in one of its forms (RFC 9112 §3.2)."""
-    if target == b"*" and method == b"OPTIONS":
-        return None, "", ""
-    match = TARGET.fullmatch(target)
-    if not match or match.groups()[:2] == (None, None):
-        raise HTTPError(400, "a malformed request-target")
-    authority, path, query = match.groups()
+    authority = path = query = None
+    if method != b"OPTIONS" or target != b"*":  # in one of the other forms (RFC 9112 §3.2)
+        if not (match := TARGET.fullmatch(target)) or match.groups()[:2] == (None, None):
+            raise HTTPError(400, "a malformed request-target")
+        authority, path, query = match.groups()
     if authority is not None:
         check_host(authority, "an invalid authority in the request-target")
         authority = authority.decode()
     path = path or (b"" if method == b"OPTIONS" else b"/")  # RFC 9112 §3.2.4
-    return authority, PCT_ENCODED.sub(decode_octet, path).decode("latin-1"), (query or b"").decode()
-
-
-def decode_octet(match: re.Match[bytes]) -> bytes:
-    """Return the octet that was percent-encoded; urllib.parse could do it, but brings what every fork would copy."""
-    if not match[1]:
-        raise HTTPError(400, "a broken percent-escape in the path")
-    return bytes([int(match[1], 16)])
+    if escapes := path.count(b"%"):  # urllib.parse could decode them, but brings what every fork would copy
+        path, count = PCT_ENCODED.subn(lambda octet: bytes([int(octet[1], 16)]), path)
+        require(count == escapes, 400, "a broken percent-escape in the path")
+    return method.decode(), target.decode(), authority, path.decode("latin-1"), (query or b"").decode(), version
 
 
 def parse_fields(lines: list[bytes], parse_line: Callable[[bytes], tuple[str, str]]) -> dict[str, str]:
     """Return the fields by name, repeated ones joined (RFC 9110 §5.3)."""
-    if len(lines) > MAX_FIELDS:
-        raise HTTPError(431, "too many field lines")
+    require(len(lines) <= MAX_FIELDS, 431, "too many field lines")
     fields: dict[str, str] = {}
     for name, value in map(parse_line, lines):
         if "_" in name:
@@ -574,16 +509,12 @@ def parse_fields(lines: list[bytes], parse_line: Callable[[bytes], tuple[str, st
 @lru_cache(maxsize=512)
 def parse_field_line(line: bytes) -> tuple[str, str]:
     """Return the name in lower case and the value of a field line (RFC 9112 §5)."""
-    if len(line) > MAX_FIELD_LINE:
-        raise HTTPError(431, "too long a field line")
+    require(len(line) <= MAX_FIELD_LINE, 431, "too long a field line")
     name, colon, value = line.partition(b":")
     value = value.strip(b" \t")
-    if not colon:
-        raise HTTPError(400, "a field line without a colon")
-    if not TOKEN.fullmatch(name):
-        raise HTTPError(400, "a malformed field name")
-    if not FIELD_VALUE.fullmatch(value):
-        raise HTTPError(400, "a control byte in a field value")
+    require(colon, 400, "a field line without a colon")
+    require(TOKEN.fullmatch(name), 400, "a malformed field name")
+    require(FIELD_VALUE.fullmatch(value), 400, "a control byte in a field value")
     return name.decode().lower(), value.decode("latin-1")
 
 
@@ -595,63 +526,44 @@ def parse_list(value: str) -> list[str]:
 def check_host(host: bytes, detail: str) -> None:
     """Refuse what is not uri-host [ ":" port ]; an http URI has no empty host (RFC 9110 §4.2.1)."""
     match = HOST.fullmatch(host)
-    with suppress(OSError):
-        if match and (not match[1] or socket.inet_pton(socket.AF_INET6, match[1].decode())):
-            return
-    raise HTTPError(400, detail)
+    try:
+        is_valid = bool(match and (not match[1] or socket.inet_pton(socket.AF_INET6, match[1].decode())))
+    except OSError:
+        is_valid = False
+    require(is_valid, 400, detail)
 
 
 def parse_framing(version: str, fields: dict[str, str]) -> int | None:
-    """Return the length of the message body, None if it is chunked: decided here once (RFC 9112 §6.3).
-
-    A front server that decides otherwise would let one request smuggle another: whatever is ambiguous is refused.
-    """
+    """Return the length of the message body, None if it is chunked: decided here once (RFC 9112 §6.3)."""
+    # A front server that decides otherwise would let one request smuggle another: whatever is ambiguous is refused.
     coding, length = fields.get("transfer-encoding"), fields.get("content-length")
     if coding is None:
-        return 0 if length is None else parse_content_length(length)
-    if length is not None:
-        raise HTTPError(400, "Content-Length together with Transfer-Encoding")
-    if version == "HTTP/1.0":
-        raise HTTPError(400, "Transfer-Encoding in HTTP/1.0")
+        if length is None:
+            return 0
+        digits, *repeats = (part.strip(" \t") for part in length.split(","))  # which must agree (RFC 9110 §8.6)
+        require(digits.isascii() and digits.isdigit() and {*repeats} <= {digits}, 400, "an invalid Content-Length")
+        digits = digits.lstrip("0") or "0"
+        require(len(digits) < 19, 413, "a Content-Length beyond all bounds")
+        return int(digits)  # which alone would take +1, -1 and 1_0
+    require(length is None, 400, "Content-Length together with Transfer-Encoding")
+    require(version != "HTTP/1.0", 400, "Transfer-Encoding in HTTP/1.0")
     if coding.lower() == "chunked":
         return None
     codings = parse_list(coding)
-    if not codings or "chunked" in codings[:-1] or not all(TOKEN.fullmatch(c.encode("latin-1")) for c in codings):
-        raise HTTPError(400, "a malformed Transfer-Encoding")
+    is_sound = codings and all(TOKEN.fullmatch(c.encode("latin-1")) for c in codings) and "chunked" not in codings[:-1]
+    require(is_sound, 400, "a malformed Transfer-Encoding")
     raise HTTPError(501, "a transfer coding other than chunked")
 
 
-def parse_content_length(value: str) -> int:
-    """Return the Content-Length, whose repeats must agree (RFC 9110 §8.6)."""
-    digits, *repeats = (part.strip(" \t") for part in value.split(","))
-    if not (digits.isascii() and digits.isdigit()) or any(repeat != digits for repeat in repeats):  # not int(): + - _
-        raise HTTPError(400, "an invalid Content-Length")
-    digits = digits.lstrip("0") or "0"
-    if len(digits) > 18:
-        raise HTTPError(413, "a Content-Length beyond all bounds")
-    return int(digits)
-
-
-def parse_expect(version: str, value: str) -> bool:
-    """Return whether the client waits for a 100 (Continue); HTTP/1.0 knows none (RFC 9110 §10.1.1)."""
-    expectations = set(parse_list(value))
-    if expectations - {"100-continue"}:
-        raise HTTPError(417, "an expectation other than 100-continue")
-    return bool(expectations) and version != "HTTP/1.0"
-
-
 # ---- 5. Body ----------------------------------------------------------------
-# Exactly the bytes of one message body, and not one of the request behind it. An io.RawIOBase: the standard library's
-# io.BufferedReader makes read, readline, readlines and iteration of it, as PEP 3333 asks of wsgi.input.
+# Exactly the bytes of one message body, and not one of the request behind it: of a sized body one piece, of a chunked
+# one a row of pieces. An io.RawIOBase, of which io.BufferedReader makes what PEP 3333 asks of wsgi.input. Reading
+# raises HTTPError when the client breaks the framing, is silent too long or exceeds the limit, and the failure stays
+# in `failure`: the application may have swallowed it, but its answer would be made from half a body.
 
 
 class Body(io.RawIOBase):
-    """Owns the framing of one message body (RFC 9112 §6 and §7).
-
-    A sized body is one piece of known length, a chunked one a row of such pieces. Reading raises HTTPError when the
-    client breaks the framing, is silent too long or exceeds the limit, and the failure stays in `failure`: the
-    application may have swallowed it, but its answer would be made from half a body.
-    """
+    """Owns the framing of one message body (RFC 9112 §6 and §7)."""
 
     def __init__(self, stream: Stream, request: Request, limit: int) -> None:
         self.stream = stream
@@ -659,12 +571,11 @@ class Body(io.RawIOBase):
         self.remaining = request.length or 0  # of the body, or of the chunk in hand
         self.limit = limit - self.remaining  # what further chunks may hold
         self.awaits_continue = request.expects_continue  # until we send anything or the client does
-        self.ahead = b""  # what `collect` has read, for the application to read first
+        self.ahead = b""  # what `add_input` has read, for the application to read first
         self.failure: tuple[int, str] | None = None  # not the exception, whose frames refer to this body
         self.extensions = 0  # bytes of chunk extensions so far
         self.is_behind_chunk = False  # the line end behind a chunk is still to come
-        if self.limit < 0:
-            raise HTTPError(413, "a Content-Length over the limit")
+        require(self.limit >= 0, 413, "a Content-Length over the limit")
 
     def readable(self) -> bool:
         """Of RawIOBase."""
@@ -700,65 +611,39 @@ class Body(io.RawIOBase):
         if not self.remaining:
             return 0
         received = self.stream.receive_into(memoryview(buffer)[: self.remaining])
-        if not received:
-            raise HTTPError(400, "the client closed inside the message body")
+        require(received, 400, "the client closed inside the message body")
         self.remaining -= received
         return received
 
     def read_chunk_line(self) -> None:
-        """Read the end of the chunk before and the line before the next (RFC 9112 §7.1)."""
+        """Read the end of the chunk before, the line before the next, and what follows the last (RFC 9112 §7.1)."""
         if self.is_behind_chunk:
-            self.read_end_of_chunk()
+            self.stream.read_line(0, "a chunk longer than its chunk-size")
         if not (match := CHUNK_LINE.fullmatch(self.stream.read_line(MAX_CHUNK_LINE))):
             raise HTTPError(400, "a malformed chunk-size or chunk extension")
         self.is_behind_chunk = True
         self.remaining = int(match.group(1), 16)
         self.extensions += len(match.group(2))
         self.limit -= self.remaining
-        if self.extensions > MAX_CHUNK_EXTENSIONS:
-            raise HTTPError(400, "too many chunk extensions")
-        if self.limit < 0:
-            raise HTTPError(413, "a chunked body over the limit")
-        if not self.remaining:
-            self.read_trailer_section()
+        require(self.extensions <= MAX_CHUNK_EXTENSIONS, 400, "too many chunk extensions")
+        require(self.limit >= 0, 413, "a chunked body over the limit")
+        if not self.remaining:  # the trailer section is checked and dropped: RFC 9110 §6.5
+            for count, line in enumerate(iter(partial(self.stream.read_line, MAX_FIELD_LINE), b"")):
+                require(count < MAX_FIELDS, 431, "too many trailer fields")
+                parse_field_line(line)
             self.is_chunked = False
 
-    def read_end_of_chunk(self) -> None:
-        """Read the line end behind the data of a chunk; refuse anything else as soon as it is seen."""
-        stream = self.stream
-        while (end := stream.buffer[stream.start : stream.start + 2]) != b"\r\n":
-            if end not in (b"", b"\r"):
-                raise HTTPError(400, "a chunk longer than its chunk-size")
-            if not stream.receive_more():
-                raise HTTPError(400, "the client closed inside the chunked body")
-        stream.start += 2
-
-    def read_trailer_section(self) -> None:
-        """Read, check and drop the fields behind the last chunk: no rule lets them join the head's (RFC 9110 §6.5)."""
-        for _ in range(MAX_FIELDS + 1):
-            if not (line := self.stream.read_line(MAX_FIELD_LINE)):
-                return
-            parse_field_line(line)
-        raise HTTPError(431, "too many trailer fields")
-
-    def collect(self) -> bytes | None:
-        """Return a whole chunked body of up to MAX_COLLECTED bytes; None for a larger one, which then is streamed."""
-        content = bytearray()
-        while piece := self.read(RECEIVE_SIZE):
-            content += piece
-            if len(content) > MAX_COLLECTED:
-                self.ahead = bytes(content)
-                return None
-        return bytes(content)
-
-    def give_up_continue(self) -> bool:
-        """The answer goes out: wait for no 100 (Continue) any more; return whether the body may come or not."""
-        was_awaited, self.awaits_continue = self.awaits_continue, False
-        return was_awaited
-
-    def is_at_end(self) -> bool:
-        """Return whether all of it was received."""
-        return not (self.is_chunked or self.remaining)
+    def add_input(self, environ: Environ) -> None:
+        """Set wsgi.input, and CONTENT_LENGTH for a chunked body of up to MAX_COLLECTED bytes."""
+        # Django and Bottle read what CONTENT_LENGTH announces and take a body without it for none. A larger body is
+        # left to those that know wsgi.input_terminated, as Flask, Falcon and Pyramid do.
+        was_chunked, content = self.is_chunked, bytearray()
+        while self.is_chunked and len(content) <= MAX_COLLECTED:
+            content += self.read(RECEIVE_SIZE)
+        if was_chunked and not self.is_chunked:
+            environ["wsgi.input"], environ["CONTENT_LENGTH"] = io.BytesIO(content), str(len(content))
+        else:
+            environ["wsgi.input"], self.ahead = io.BufferedReader(self, RECEIVE_SIZE), bytes(content)
 
     def drain(self) -> bool:
         """Read what the application left; return whether that was the end, so that a next request can follow."""
@@ -784,13 +669,10 @@ def make_connection_environ(sock: socket.SocketType, address: Any, is_multiproce
     server, port = name[:2] if isinstance(name, tuple) else ("localhost", 80)
     client, client_port = address[:2] if isinstance(address, tuple) else ("", "")
     return {
-        "SERVER_NAME": strip_mapping(server),
-        "SERVER_PORT": str(port),
-        "REMOTE_ADDR": strip_mapping(client),
-        "REMOTE_PORT": str(client_port),
-        "wsgi.errors": sys.stderr,
-        "wsgi.multiprocess": is_multiprocess,
-    }
+        "SERVER_NAME": strip_mapping(server), "SERVER_PORT": str(port),
+        "REMOTE_ADDR": strip_mapping(client), "REMOTE_PORT": str(client_port),
+        "wsgi.errors": sys.stderr, "wsgi.multiprocess": is_multiprocess,
+    }  # fmt: skip
 
 
 def strip_mapping(address: str) -> str:
@@ -802,39 +684,16 @@ def make_request_environ(request: Request) -> Environ:
     """Return what the head tells, the CGI variables and every field as HTTP_*, and what is always the same."""
     environ = {"HTTP_" + name.upper().replace("-", "_"): value for name, value in request.fields.items()}
     environ.pop("HTTP_TRANSFER_ENCODING", None)  # undone here; Bottle would undo it once more
-    for name in ("CONTENT_TYPE", "CONTENT_LENGTH"):
-        if "HTTP_" + name in environ:
-            environ[name] = environ.pop("HTTP_" + name)
+    for name in ("HTTP_CONTENT_TYPE", "HTTP_CONTENT_LENGTH"):
+        if name in environ:
+            environ[name[5:]] = environ.pop(name)
     return {
-        **environ,
-        "REQUEST_METHOD": request.method,
-        "REQUEST_URI": request.target,
-        "SCRIPT_NAME": "",
-        "PATH_INFO": request.path,
-        "QUERY_STRING": request.query,
-        "SERVER_PROTOCOL": request.version,
-        "SERVER_SOFTWARE": PRODUCT,
-        "wsgi.version": (1, 0),
-        "wsgi.url_scheme": "http",
-        "wsgi.multithread": False,
-        "wsgi.run_once": False,
-        "wsgi.input_terminated": True,
-        "wsgi.file_wrapper": FileWrapper,
-    }
-
-
-def add_input(environ: Environ, body: Body) -> None:
-    """Set wsgi.input, and CONTENT_LENGTH for a chunked body that is small enough to be collected.
-
-    Django and Bottle read what CONTENT_LENGTH announces and take a body without it for none. A larger body is left to
-    those that know wsgi.input_terminated, as Flask, Falcon and Pyramid do.
-    """
-    content = body.collect() if body.is_chunked else None
-    if content is None:
-        environ["wsgi.input"] = io.BufferedReader(body, RECEIVE_SIZE)
-    else:
-        environ["wsgi.input"] = io.BytesIO(content)
-        environ["CONTENT_LENGTH"] = str(len(content))
+        **environ, "REQUEST_METHOD": request.method, "REQUEST_URI": request.target,
+        "SCRIPT_NAME": "", "PATH_INFO": request.path, "QUERY_STRING": request.query,
+        "SERVER_PROTOCOL": request.version, "SERVER_SOFTWARE": PRODUCT,
+        "wsgi.version": (1, 0), "wsgi.url_scheme": "http", "wsgi.multithread": False, "wsgi.run_once": False,
+        "wsgi.input_terminated": True, "wsgi.file_wrapper": FileWrapper,
+    }  # fmt: skip
 
 
 # ---- 7. Response ------------------------------------------------------------
@@ -849,7 +708,7 @@ def run_application(application: Application, environ: Environ, response: Respon
         if isinstance(blocks, (list, tuple)):
             response.send(b"".join(blocks), is_last=True)  # all there is: its length can be told
             return
-        if not (isinstance(blocks, FileWrapper) and response.send_file(blocks)):
+        if not (isinstance(blocks, FileWrapper) and response.send_file(blocks.file)):
             for block in blocks:  # each at once (PEP 3333, "Buffering and Streaming")
                 response.write(block)
                 if response.drops_blocks:
@@ -883,9 +742,6 @@ def make_start_response(response: Response) -> StartResponse:
     return start_response
 
 
-UNBOUNDED = float("inf")  # the length of a body that nothing tells beforehand
-
-
 class ResponseHead(NamedTuple):
     """Status and headers of an application, checked, as lines but for what the server decides."""
 
@@ -910,18 +766,17 @@ class Framing(NamedTuple):
 class Response:
     """Owns the response to one request: its head until the first block, and how much of its body was sent."""
 
-    __slots__ = ("body", "drops_blocks", "framing", "head", "is_closing", "is_complete", "request", "sent", "stream")
+    request = Request()
+    body: Body | None = None  # of the request
+    head: ResponseHead | None = None  # what start_response was told
+    framing: Framing | None = None  # once the head is sent
+    sent = 0  # bytes of the body
+    is_closing = False  # by what the request, or the server, wants
+    drops_blocks = False  # the rest of what the application gives: there is no body, or it is too long
+    is_complete = False
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
-        self.request = Request()
-        self.body: Body | None = None  # of the request
-        self.head: ResponseHead | None = None  # what start_response was told
-        self.framing: Framing | None = None  # once the head is sent
-        self.sent = 0  # bytes of the body
-        self.is_closing = False  # by what the request, or the server, wants
-        self.drops_blocks = False  # the rest of what the application gives: there is no body, or it is too long
-        self.is_complete = False
 
     def write(self, block: bytes) -> None:
         """Send a block of the body (PEP 3333, "The write() Callable")."""
@@ -940,7 +795,10 @@ class Response:
             framing = self.frame(len(block) if is_last else None)
             before = framing.head
         if len(block) > framing.length - self.sent:
-            block = self.cut(block, framing)
+            if not self.drops_blocks:
+                self.drops_blocks = True
+                log_error("the body is longer than its Content-Length of %d: cut there" % framing.length)
+            block = block[: int(framing.length - self.sent)]
         if framing.is_chunked:
             if block:
                 before, behind = before + b"%x\r\n" % len(block), b"\r\n"
@@ -962,18 +820,21 @@ class Response:
             elif self.sent < framing.length != UNBOUNDED:
                 raise ValueError("the body has %d bytes, its Content-Length is %d" % (self.sent, framing.length))
 
-    def send_file(self, wrapper: FileWrapper) -> bool:
+    def send_file(self, file: Any) -> bool:
         """Send a regular file in large blocks; return whether it could be sent so."""
-        found = None if self.framing or not self.head else wrapper.find_regular_file()
-        if found is None:
+        # Only where Python would read the same bytes: not from a GzipFile, which has a descriptor, too, nor from a
+        # class with a read() of its own, nor from /proc, whose files have no blocks and tell no size.
+        kinds = type(file), type(getattr(file, "raw", file))
+        if self.framing or not self.head or kinds not in PLAIN_FILES or not file.readable():
             return False
-        fd, offset, size = found
-        framing = self.frame(size)
+        fd, status = file.fileno(), os.fstat(file.fileno())
+        if not (stat.S_ISREG(status.st_mode) and status.st_blocks):
+            return False
+        offset = file.tell()
+        framing = self.frame(max(status.st_size - offset, 0))
         self.stream.send(framing.head)
         # To read and send was 1.4 times as fast as sendfile(2) over loopback on Linux 6.18, and took less processor.
-        while (left := framing.length - self.sent) and (
-            block := os.pread(fd, int(min(left, FILE_BLOCK_SIZE)), offset + self.sent)
-        ):
+        while block := os.pread(fd, int(min(framing.length - self.sent, FILE_BLOCK_SIZE)), offset + self.sent):
             self.stream.send(block)
             self.sent += len(block)
         return True
@@ -985,7 +846,8 @@ class Response:
         if self.body:
             if self.body.failure:
                 raise HTTPError(*self.body.failure)
-            self.is_closing |= self.body.give_up_continue()
+            self.is_closing |= self.body.awaits_continue  # the body may come or not
+            self.body.awaits_continue = False
         slot = self.stream.slot
         if not slot.is_calm():  # under pressure, who has sent more requests already must queue for them
             self.is_closing |= slot.is_stopping() or (slot.is_pressed() and not self.body and self.stream.has_more())
@@ -996,22 +858,13 @@ class Response:
             self.stream.reset_on_close(True)
         return framing
 
-    def cut(self, block: bytes, framing: Framing) -> bytes:
-        """Return as much of the block as the body may still have."""
-        if not self.drops_blocks:
-            self.drops_blocks = True
-            log_error("the body is longer than its Content-Length of %d: cut there" % framing.length)
-        return block[: int(framing.length - self.sent)]
-
 
 @lru_cache(maxsize=64)
 def make_framing(
     head: ResponseHead, method: str, version: str, size: int | None, is_closing: bool, second: int
 ) -> Framing:
-    """Return the framing of a response; the size is that of the body, if it is known from elsewhere than its head.
-
-    A response that repeats within a second takes one look-up (RFC 9112 §6.3).
-    """
+    """Return the framing of a response (RFC 9112 §6.3): one look-up for a response that repeats within a second."""
+    # The size is that of the body, if it is known from elsewhere than its head.
     lines, length, is_http10 = head.lines, head.length, version == "HTTP/1.0"
     has_body = method != "HEAD" and head.status not in (204, 304)  # RFC 9110 §6.4.1
     if length is None and (size or has_body):
@@ -1032,10 +885,8 @@ def make_framing(
 
 @lru_cache(maxsize=64)
 def parse_response_head(status: str, response_headers: tuple[tuple[str, str], ...]) -> ResponseHead:
-    """Return status and headers after checks that name the culprit: one look-up for a response that repeats.
-
-    What passes here reaches the client byte for byte: a CR LF in it would split the response in two.
-    """
+    """Return status and headers after checks that name the culprit: one look-up for a response that repeats."""
+    # What passes here reaches the client byte for byte: a CR LF in it would split the response in two.
     if not isinstance(status, str) or not STATUS.fullmatch(status):
         raise ValueError("not a status such as '200 OK': %r" % (status,))
     lines, length, names = ["HTTP/1.1 %s\r\n" % (status if " " in status else status + " ")], None, set()
@@ -1050,9 +901,8 @@ def parse_response_head(status: str, response_headers: tuple[tuple[str, str], ..
             lines.append("%s: %s\r\n" % (header[0], value))
     if "server" not in names:
         lines.append("Server: %s\r\n" % PRODUCT)
-    text = "".join(lines).encode("latin-1")
-    length = 0 if status.startswith("205") else length  # RFC 9110 §15.3.6
-    return ResponseHead(int(status[:3]), text, length, "connection" in names, "date" in names)
+    code, text = int(status[:3]), "".join(lines).encode("latin-1")  # a 205 has no content (RFC 9110 §15.3.6)
+    return ResponseHead(code, text, 0 if code == 205 else length, "connection" in names, "date" in names)
 
 
 def check_header(header: tuple[str, str]) -> tuple[str, str]:
@@ -1071,23 +921,17 @@ def check_header(header: tuple[str, str]) -> tuple[str, str]:
     return name, value
 
 
-DAYS = b"Mon Tue Wed Thu Fri Sat Sun".split()
-MONTHS = b"- Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
-
-
 def make_date_line(second: int) -> bytes:
     """Return the Date field line (RFC 9110 §6.6.1): email.utils brings 20 modules, and strftime obeys the locale."""
-    year, month, day, hour, minute, second, weekday = time.gmtime(second)[:7]
-    date = (DAYS[weekday], day, MONTHS[month], year, hour, minute, second)
-    return b"Date: %b, %02d %b %d %02d:%02d:%02d GMT\r\n" % date
+    weekday, month, day, clock, year = time.asctime(time.gmtime(second)).split()
+    return ("Date: %s, %s %s %s %s GMT\r\n" % (weekday, day.zfill(2), month, year, clock)).encode()
 
 
 class FileWrapper:
     """wsgi.file_wrapper (PEP 3333, "Optional Platform-Specific File Handling"): a file as an iterable of blocks."""
 
     def __init__(self, file: Any, block_size: int = RECEIVE_SIZE) -> None:
-        self.file = file
-        self.block_size = block_size
+        self.file, self.block_size = file, block_size
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(partial(self.file.read, self.block_size), b"")
@@ -1096,21 +940,6 @@ class FileWrapper:
         """Close the file, if it can be closed."""
         if hasattr(self.file, "close"):
             self.file.close()
-
-    def find_regular_file(self) -> tuple[int, int, int] | None:
-        """Return the descriptor, offset and remaining size of a file whose bytes may be taken straight from the disk.
-
-        Only where Python would read the same bytes: not from a GzipFile, which has a descriptor, too, nor from a
-        class with a read() of its own, nor from /proc, whose files have no blocks and tell no size.
-        """
-        file, raw = self.file, getattr(self.file, "raw", self.file)
-        if type(file) not in (io.FileIO, io.BufferedReader, io.BufferedRandom) or type(raw) is not io.FileIO:
-            return None
-        status = os.fstat(file.fileno())
-        if not (file.readable() and stat.S_ISREG(status.st_mode) and status.st_blocks):
-            return None
-        offset = file.tell()
-        return file.fileno(), offset, max(status.st_size - offset, 0)
 
 
 # ---- 8. Connection ----------------------------------------------------------
@@ -1122,10 +951,8 @@ def serve_connection(
     application: Application, options: Options, sock: socket.SocketType, address: Any, slot: Slot,
     deadline: float | None = None,
 ) -> bool:  # fmt: skip
-    """Serve the requests of a connection; return True if it is at rest then, False if it is closed.
-
-    A head that has begun must be complete by the deadline.
-    """
+    """Serve the requests of a connection; return True if it is at rest then, False if it is closed."""
+    # A head that has begun must be complete by the deadline.
     try:
         stream = Stream(sock, slot, options.timeout)
         environ = make_connection_environ(sock, address, not options.no_fork)
@@ -1143,22 +970,22 @@ def serve_connection(
 
 
 def serve_request(
-    application: Application, options: Options, stream: Stream, connection: Environ, deadline: float | None
+    application: Application, options: Options, stream: Stream, shared: Environ, deadline: float | None
 ) -> bool:
     """Serve the next request; return whether another may follow. ClientSilentError, ClientGoneError: there is none."""
     response, slot, head, began, detail = Response(stream), stream.slot, b"", 0.0, ""
     try:
         # Step 1: read the head and interpret it.
         head = read_head(stream, deadline)
-        request, variables = (interpret_head if len(head) <= MAX_REMEMBERED else interpret_head.__wrapped__)(head)
+        request, variables = (parse_head if len(head) <= MAX_REMEMBERED else parse_head.__wrapped__)(head)
         # Step 2: make the environ. The body is read when the application reads it.
         began = slot.mark_busy(request.line)
         response.request = request
         response.is_closing = not (request.is_persistent and options.keep_alive)
-        environ = {**variables, **connection, "webserver.requests": slot.requests, "wsgi.input": io.BytesIO()}
+        environ = {**variables, **shared, "webserver.requests": slot.requests, "wsgi.input": io.BytesIO()}
         if request.length != 0:
             response.body = Body(stream, request, options.limit_request_body)
-            add_input(environ, response.body)
+            response.body.add_input(environ)
         # Step 3: call the application and send what it gives.
         run_application(application, environ, response)
     except BaseException as error:  # SystemExit in an application is an error like any other
@@ -1167,57 +994,38 @@ def serve_request(
         if not began:
             if isinstance(error, (ClientSilentError, ClientGoneError)):
                 raise  # between two requests
-            response.request = make_unread_request(head or stream.buffer[stream.start :])
+            line = (head or stream.buffer[stream.start :]).lstrip(b"\r\n").partition(b"\r\n")[0]
+            response.request = Request("HEAD" if line.startswith(b"HEAD ") else "", line=line)
         # Step 4: answer what went wrong.
         detail = recover(response, error)
     # Step 5: log it, and leave the connection in a state in which the next request can be read, or end it.
     if options.access_log != "off":
-        log_access(options.access_log, response, connection, began, detail)
+        log_access(options.access_log, response, shared, began, detail)
     body = response.body
     if not (detail or response.is_closing) and (body is None or body.drain()):
         return True
     # Only who wanted the close and whose bytes were all read needs no time for what it may still send.
-    if detail or stream.has_more() or response.request.is_persistent or (body and not body.is_at_end()):
+    if detail or stream.has_more() or response.request.is_persistent or (body and (body.is_chunked or body.remaining)):
         stream.linger()
     return False
 
 
-@lru_cache(maxsize=64)
-def interpret_head(head: bytes) -> tuple[Request, Environ]:
-    """Return the request that the head is, and its part of the environ: one look-up for a head that repeats."""
-    request = parse_head(head)
-    return request, make_request_environ(request)
-
-
 def recover(response: Response, error: BaseException) -> str:
-    """Answer what went wrong, or cut the response off so that the client can tell; return the detail for the log.
-
-    The answer comes first: to format the traceback may take long, or fail.
-    """
-    if isinstance(error, HTTPError):
-        status, detail = error.args
-    elif isinstance(error, ClientGoneError):
-        status, detail = 0, "the client has gone"
-    elif isinstance(error, Overdue):
-        status, detail = 504, "the application took too long"
-    else:
-        status, detail = 500, "the application failed"
+    """Answer what went wrong, or cut the response off so that the client can tell; return the detail for the log."""
+    causes = {ClientGoneError: (0, "the client has gone"), Overdue: (504, "the application took too long")}
+    default = causes.get(type(error), (500, "the application failed"))
+    status, detail = error.args if isinstance(error, HTTPError) else default
     with suppress(ClientGoneError):  # the log line says what it would have been told
         if response.framing is None and status:
-            send_error(response, "%d %s" % (status, REASONS[status]), detail)
+            line = "%d %s" % (status, REASONS[status])
+            response.body, response.is_closing = None, True
+            response.head = parse_response_head(line, (("Content-Type", "text/plain; charset=utf-8"),))
+            response.send(("%s: %s\n" % (line, detail)).encode(), is_last=True)
         elif response.framing and response.framing.is_ended_by_close and not response.is_complete:
             response.stream.sock.close()  # by a reset: a plain end would mean that the body is complete
-    if not isinstance(error, (HTTPError, ClientGoneError)):
+    if not isinstance(error, (HTTPError, ClientGoneError)):  # last: to format it may take long, or fail
         log_exception(error, response.request.line)
     return str(detail)
-
-
-def send_error(response: Response, status: str, detail: str) -> None:
-    """Answer with the status and the detail, and end the connection."""
-    response.body = None
-    response.is_closing = True
-    response.head = parse_response_head(status, (("Content-Type", "text/plain; charset=utf-8"),))
-    response.send(("%s: %s\n" % (status, detail)).encode(), is_last=True)
 
 
 # ---- 9. Log -----------------------------------------------------------------
@@ -1226,22 +1034,21 @@ def send_error(response: Response, status: str, detail: str) -> None:
 MAX_LOGGED = (2000, 600, 60)  # to which of these a client's text is cut: the first that leaves its log line whole
 MAX_TRACEBACK = 16384  # characters; of a longer one the middle is left out
 QUIET = 60.0  # seconds between two log lines about the same trouble
+LAST_LOGGED: dict[str, float] = {}  # when a text was logged that is not to be repeated soon
+UNSAFE = re.compile(r"[^ !#-\[\]-~]")
+COMBINED = '%(client)s - - [%(time)s] "%(request)s" %(status)d %(bytes)d "%(referer)s" "%(user_agent)s" %(seconds).6f'
 
 
 def log_access(style: str, response: Response, connection: Environ, began: float, detail: str) -> None:
     """Log a request that has ended: in the combined format with the seconds taken and what went wrong, or as JSON."""
     request = response.request
     facts = {
-        "client": connection["REMOTE_ADDR"] or "-",
-        "time": make_log_time(int(time.time())),
-        "request": request.line.decode("latin-1"),
+        "client": connection["REMOTE_ADDR"] or "-", "time": make_log_time(int(time.time())),
+        "request": request.line.decode("latin-1"), "bytes": response.sent,
         "status": response.head.status if response.head else 0,  # 0: the client went before it was answered
-        "bytes": response.sent,
-        "referer": request.fields.get("referer", "-"),
-        "user_agent": request.fields.get("user-agent", "-"),
-        "seconds": round(time.monotonic() - began, 6) if began else 0.0,
-        "detail": detail,
-    }
+        "referer": request.fields.get("referer", "-"), "user_agent": request.fields.get("user-agent", "-"),
+        "seconds": round(time.monotonic() - began, 6) if began else 0.0, "detail": detail,
+    }  # fmt: skip
     for length in MAX_LOGGED:
         cut = {key: value[:length] if isinstance(value, str) else value for key, value in facts.items()}
         if style == "json":
@@ -1256,17 +1063,11 @@ def log_access(style: str, response: Response, connection: Environ, began: float
     write_line(1, line)
 
 
-COMBINED = '%(client)s - - [%(time)s] "%(request)s" %(status)d %(bytes)d "%(referer)s" "%(user_agent)s" %(seconds).6f'
-
-
 @lru_cache(maxsize=1)
 def make_log_time(second: int) -> str:
     """Return the time of a log line, in UTC."""
-    year, month, day, hour, minute, second = time.gmtime(second)[:6]
-    return "%02d/%s/%d:%02d:%02d:%02d +0000" % (day, MONTHS[month].decode(), year, hour, minute, second)
-
-
-UNSAFE = re.compile(r'[^ !#-\[\]-~]')
+    _, month, day, clock, year = time.asctime(time.gmtime(second)).split()
+    return "%s/%s/%s:%s +0000" % (day.zfill(2), month, year, clock)
 
 
 def escape(text: str) -> str:
@@ -1275,11 +1076,9 @@ def escape(text: str) -> str:
 
 
 def write_line(fd: int, line: str) -> None:
-    """Write one line of a log, whole or not at all: a log that nobody takes any more must not stop the service.
-
-    One write(2) of up to PIPE_BUF bytes is never mixed with another's, and does not block where select(2) says so, but
-    for the moment in which another process was faster.
-    """
+    """Write one line of a log, whole or not at all: a log that nobody takes any more must not stop the service."""
+    # One write(2) of up to PIPE_BUF bytes is never mixed with another's, and does not block where select(2) says so,
+    # but for the moment in which another process was faster.
     data = line.encode("utf-8", "backslashreplace")
     if len(data) >= select.PIPE_BUF:  # cut, but between two characters
         data = data[: select.PIPE_BUF - 1].decode("utf-8", "ignore").encode()
@@ -1296,9 +1095,6 @@ def log_error(text: str) -> None:
         write_line(2, "[%d] %s" % (os.getpid(), "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)))
 
 
-LAST_LOGGED: dict[str, float] = {}  # when a text was logged that is not to be repeated soon
-
-
 def log_throttled(text: str) -> None:
     """Log a trouble that may last, once in a while."""
     now = time.monotonic()
@@ -1308,10 +1104,7 @@ def log_throttled(text: str) -> None:
 
 
 def log_exception(error: BaseException, line: bytes = b"") -> None:
-    """Write the traceback to stderr, from the first frame on that is neither the server's nor the import system's.
-
-    An exception may refuse to be formatted, in any way that its class can think of; then its class is all that is told.
-    """
+    """Write the traceback to stderr, from the first frame on that is neither the server's nor the import system's."""
     if line:
         log_error('error in "%s"' % escape(line.decode("latin-1")))
     try:
@@ -1324,7 +1117,7 @@ def log_exception(error: BaseException, line: bytes = b"") -> None:
         if len(text) > MAX_TRACEBACK:
             text = "%s\n[...]\n%s" % (text[: MAX_TRACEBACK // 2], text[-MAX_TRACEBACK // 2 :])
         log_error(text)
-    except BaseException as failure:
+    except BaseException as failure:  # to be formatted may be refused, in any way that a class can think of
         names = object.__repr__(error).split()[0][1:], object.__repr__(failure).split()[0][1:]
         log_error("%s, whose traceback cannot be formatted: %s" % names)
 
