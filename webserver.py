@@ -1340,7 +1340,7 @@ class Scoreboard:
         return '%s %s "%s"' % (doing, self.read_text(slot, 0), self.read_text(slot, 1))
 
     def retire_all(self, leave_by: float) -> None:
-        """Tell all children.to leave, and by when; those that were told before keep their time."""
+        """Tell all children to leave, and by when; those that were told before keep their time."""
         for slot, pid in enumerate(self.pids):
             if pid:
                 self.leave_by[slot] = self.leave_by[slot] or leave_by
