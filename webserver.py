@@ -2055,7 +2055,8 @@ class Parent:
         self.reload = Reload(options, signals, self.board, reactor, self.queue)
         self.children = {pid: slot for slot, pid in enumerate(self.board.pids) if pid}  # that a reload has left
         for slot in self.children.values():  # they may have waited for the mailbox while the new code was loaded
-            self.board.leave_by[slot] = max(self.board.leave_by[slot], time.monotonic() + CLIENT_SLACK)
+            if self.board.since[slot] < 0:
+                self.board.leave_by[slot] = max(self.board.leave_by[slot], time.monotonic() + CLIENT_SLACK)
         self.cap = options.max_children  # less, where the system does not allow so many
         self.fork_at: float | None = 0.0  # when the next child is to be forked; None: when there is a reason
         self.put_in_before = 0  # how many requests there were when that was decided
@@ -2131,6 +2132,12 @@ class Parent:
         self.signals.receiver = self.child.on_signal
         self.signals.watch_forks(self.child.detach)
         become_child()
+
+    def detach(self) -> None:
+        """Give up, in a process that a thread of the application has forked, what is the server's."""
+        for fd in (*self.own_descriptors, self.child.queue.receiver.fileno(), self.child.mailbox.sender.fileno()):
+            os.close(fd)
+        self.reactor.close_copies()
 
     def handle_signal(self, signum: int) -> None:
         """Do what a signal asks for."""
@@ -2809,8 +2816,7 @@ def start(load: Callable[[], Application], options: Options) -> None:
         application = load()
         if options.check:
             print("the application loads: %r" % (application,))
-        flush_output()
-        os._exit(0 if options.check else CHECK_PASSED)  # at once: the application may have started threads
+        exit_at_once(0 if options.check else CHECK_PASSED)
     rehearse()
     # Step 2: the sockets, opened or kept in a reload, and then no more privileges.
     kept = find_kept()
@@ -2863,13 +2869,20 @@ def run(
     child = Child(service, listener.family, make_channel(), mailbox, board, options)
     prepare_to_fork()
     loop: Any = Solo(child, reactor, signals) if options.no_fork else Parent(child, reactor, signals, options)
-    signals.detach = loop.detach if options.no_fork else reactor.close_copies
+    signals.detach = loop.detach
     if os.geteuid() == 0:
         log_error("running as root: let --user NAME give that up once the address is bound")
     log_error("serving on %s, pid %d" % (describe_address(listener.sock), os.getpid()))
     notify("READY=1")
     loop.run()
     log_error("stopped")
+
+
+def exit_at_once(status: int) -> NoReturn:
+    """End the process, but wait for no thread that the application has started: it may run for ever."""
+    atexit._run_exitfuncs()
+    flush_output()
+    os._exit(status)
 
 
 def main() -> int:
@@ -2887,4 +2900,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_at_once(main())
