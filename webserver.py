@@ -1699,14 +1699,19 @@ class Reactor:
                 log_throttled("cannot accept: %s" % error.strerror)
                 has_room = self.close_longest_at_rest()
                 break
-            if len(self.resting) + len(self.ready) >= self.max_connections:
-                log_throttled("%d connections are held (--max-connections)" % self.max_connections)
-                has_room = self.close_longest_at_rest()
+            has_room = self.make_room()
             self.look_at(Connection(sock, deadline))
         if not (has_room or self.accepts_at):
             self.accepts_at = time.monotonic() + ACCEPT_PAUSE
             self.selector.unregister(self.listener.sock)
         return False
+
+    def make_room(self) -> bool:
+        """Close the connection that has been at rest for the longest time if one more is too many; return whether it has room."""
+        if len(self.resting) + len(self.ready) < self.max_connections:
+            return True
+        log_throttled("%d connections are held (--max-connections)" % self.max_connections)
+        return self.close_longest_at_rest()
 
     def close_longest_at_rest(self) -> bool:
         """Close the connection that has been at rest for the longest time; return whether there was one."""
@@ -1741,7 +1746,7 @@ class Reactor:
             # The selector reports it when more is there (SO_RCVLOWAT, socket(7)); with unix sockets a child must wait.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count + 1)
             if not connection.seen:  # a head has the head's time, and not more by a byte now and then
-                connection.deadline = min(connection.deadline, time.monotonic() + self.head_timeout)
+                connection.deadline = time.monotonic() + self.head_timeout
             connection.seen = count
             self.rest(connection)
 
@@ -1766,17 +1771,18 @@ class Reactor:
             del self.resting[connection.sock.fileno()]
             self.selector.unregister(connection.sock)
 
-    def take_back(self) -> bool:
-        """Receive the connections that children give back; return whether a child has said that it is done."""
+    def take_back(self, channel: Channel | None = None) -> bool:
+        """Receive the connections that are given back, by the mailbox; return whether a child has said it is done."""
         while True:
             try:
-                message, rights = self.mailbox.receive(DONT_WAIT, SPACE)
+                message, rights = (channel or self.mailbox).receive(DONT_WAIT, SPACE)
             except BlockingIOError:
                 return False
             if not rights:
                 return message == DONE  # else it is a signal's number
             for (fd,) in DESCRIPTOR.iter_unpack(rights):
                 sock = socket.SocketType(self.listener.family, STREAM, 0, fd)
+                self.make_room()
                 self.rest(Connection(sock, time.monotonic() + max(self.keep_alive - TICK, 0.0)))  # silent for a TICK
 
     def expire(self, now: float) -> None:
@@ -1946,7 +1952,7 @@ class Queue:
         before = self.put_in
         while reactor.ready and self.put_in < before + free and self.put(reactor.ready[0]):
             reactor.ready.popleft()
-        if reactor.ready:
+        if reactor.ready and self.put_in == before + free:
             self.pressed_until = now + TICK
             self.board.order(PRESSED, True)
             log_throttled("all processes are at work: requests wait (--max-children)")
@@ -2285,9 +2291,9 @@ class Solo:
 # New code without a lost request, a closed connection or a new pid. WARNING: the order of the steps matters.
 #
 #     1. SIGHUP            the program is started once more, beside the server, with WEBSERVER_CHECK: does it load?
-#     2. it loads          children are told to leave; what is at rest or in the queue goes into the mailbox
-#     3. execve(2)         the same process becomes the new program; WEBSERVER_RELOAD names four descriptors that stay:
-#                          the listening socket, both ends of the mailbox, the memory of the scoreboard
+#     2. it loads          children are told to leave; what is at rest or in the queue goes into a channel of its own
+#     3. execve(2)         the same process becomes the new program; WEBSERVER_RELOAD names the descriptors that stay:
+#                          the listening socket, the mailbox, the memory of the scoreboard, that channel
 #     4. it loads again    meanwhile clients wait in the kernel's queue, and children put connections into the mailbox
 #     5. it serves         and reaps the children that were left, whose deadlines are on the scoreboard
 
@@ -2306,6 +2312,8 @@ class Kept(NamedTuple):
     receiver: int  # of the mailbox
     sender: int
     board: int
+    rest_receiver: int  # of a channel for the connections at rest
+    rest_sender: int
 
 
 class Reload:
@@ -2381,17 +2389,19 @@ class Reload:
             return
         notify_reloading()
         self.board.retire_all(time.monotonic() + self.options.graceful_timeout)
-        mailbox, fds = self.reactor.mailbox, self.reactor.list_descriptors() + self.queue.end()
+        mailbox, rest = self.reactor.mailbox, make_channel()
+        fds = self.reactor.list_descriptors() + self.queue.end()
         for first in range(0, len(fds), MAX_DESCRIPTORS):
             try:
-                mailbox.send(b"rest", *fds[first : first + MAX_DESCRIPTORS])
-            except OSError as error:
+                rest.send(b"rest", *fds[first : first + MAX_DESCRIPTORS])
+            except OSError as error:  # more than 70,000, or than the user may have under way
                 log_error("connections at rest are lost in the reload: %s" % error.strerror)
         atexit._run_exitfuncs()  # what the old code has started ends with it
         flush_output()
-        listener = self.reactor.listener.sock.fileno()
-        kept = Kept(listener, mailbox.receiver.fileno(), mailbox.sender.fileno(), self.board.fd)
-        replace_program(kept)
+        listener, board = self.reactor.listener.sock.fileno(), self.board.fd
+        sockets = mailbox.receiver, mailbox.sender, rest.receiver, rest.sender
+        receiver, sender, rest_receiver, rest_sender = (sock.fileno() for sock in sockets)
+        replace_program(Kept(listener, receiver, sender, board, rest_receiver, rest_sender))
 
 
 def replace_program(kept: Kept) -> NoReturn:
@@ -2516,7 +2526,9 @@ def rehearse() -> None:
     clients = [socket.socketpair() for _ in range(options.connections_per_child)]
     for client, server in clients:
         client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\nConnection: close\r\n\r\n")
-        queue.send(DEADLINE.pack(0.0), server.fileno())
+        with suppress(OSError):  # too many descriptors of this user are under way
+            queue.send(DEADLINE.pack(0.0), server.fileno())
+    queue.sender.shutdown(socket.SHUT_WR)
     Child(serve_page, socket.AF_UNIX, queue, mailbox, Scoreboard(1), options).serve_connections()
     for pair in (*clients, (queue.sender, queue.receiver), (mailbox.sender, mailbox.receiver)):
         for sock in pair:
@@ -2817,6 +2829,7 @@ def start(load: Callable[[], Application], options: Options) -> None:
         if options.check:
             print("the application loads: %r" % (application,))
         exit_at_once(0 if options.check else CHECK_PASSED)
+    options = options._replace(max_connections=raise_descriptor_limit(options.max_connections))
     rehearse()
     # Step 2: the sockets, opened or kept in a reload, and then no more privileges.
     kept = find_kept()
@@ -2863,8 +2876,10 @@ def run(
     signals.catch(*(signum for signum in SIGNALS if signum != signal.SIGINT or not options.no_fork))
     size = 8 + options.max_children * SLOT_SIZE
     board = Scoreboard(1) if options.no_fork else Scoreboard(0, kept.board if kept else make_shared_file(size))
-    options = options._replace(max_connections=raise_descriptor_limit(options.max_connections))
     reactor = Reactor(listener, mailbox, options)
+    if kept:  # what was at rest before the reload
+        with socket.socket(fileno=kept.rest_receiver) as receiver, socket.socket(fileno=kept.rest_sender) as sender:
+            reactor.take_back(Channel(receiver, sender))
     service = partial(serve_connection, application, options)
     child = Child(service, listener.family, make_channel(), mailbox, board, options)
     prepare_to_fork()
@@ -2876,6 +2891,11 @@ def run(
     notify("READY=1")
     loop.run()
     log_error("stopped")
+    signals.release()
+    for sock in (mailbox.receiver, mailbox.sender, child.queue.receiver, child.queue.sender, reactor.selector):
+        sock.close()
+    if board.fd >= 0:
+        os.close(board.fd)
 
 
 def exit_at_once(status: int) -> NoReturn:
