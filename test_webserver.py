@@ -3254,6 +3254,36 @@ def test_a_request_in_hand_keeps_its_deadline_over_a_reload(tmp_path: Any) -> No
         assert server.leaves_no_zombie()
 
 
+@pytest.mark.parametrize("number", ["1", "0"])
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX], ids=["tcp", "unix"])
+def test_no_request_is_lost_at_the_moment_of_rest(tmp_path: Any, number: str, family: Any) -> None:
+    """A request comes just as its connection is given back, queued or reloaded: pauses around one second."""
+    answered: list[int] = []
+    path = "/tmp/webserver-test-%d.sock" % os.getpid()  # a short one: it is limited to some 100 bytes
+
+    def ask_around_a_second(server: Running, seed: int) -> None:
+        chance = random.Random(seed)
+        with socket.socket(family) as client:
+            client.settimeout(PATIENCE)
+            client.connect(path if family == socket.AF_UNIX else ("127.0.0.1", server.port))
+            for _ in range(4):
+                client.sendall(GET)
+                answered.append(read_answer(client).status)
+                time.sleep(chance.choice((chance.uniform(0.9, 1.1), chance.uniform(0.99, 1.01), 0)))
+
+    bind = "unix:" + path if family == socket.AF_UNIX else None
+    words = ("--connections-per-child", number, "--access-log", "off")
+    with Running(tmp_path, *words, app=ANSWERS % "x", bind=bind) as server:
+        clients = [threading.Thread(target=ask_around_a_second, args=(server, seed), daemon=True) for seed in range(60)]
+        for client in clients:
+            client.start()
+        while any(client.is_alive() for client in clients):
+            server.process.send_signal(signal.SIGHUP)
+            clients[-1].join(0.7)
+        assert answered == [200] * 240
+        assert server.stop() == 0
+
+
 BROKEN = [("syntax", "def app(:\n", "SyntaxError"), ("import", "import not_there_at_all\n", "ModuleNotFoundError"),
           ("exit", "import sys\nsys.exit('not today')\n", "not today"), ("empty", "", "app"),
           ("segfault", "import ctypes\nctypes.string_at(0)\n", "")]  # fmt: skip

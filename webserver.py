@@ -1707,7 +1707,7 @@ class Reactor:
         return False
 
     def make_room(self) -> bool:
-        """Close the connection that has been at rest for the longest time if one more is too many; return whether it has room."""
+        """Return whether one more connection may be held, if need be in place of the one longest at rest."""
         if len(self.resting) + len(self.ready) < self.max_connections:
             return True
         log_throttled("%d connections are held (--max-connections)" % self.max_connections)
