@@ -43,7 +43,7 @@ import stat
 import struct
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from contextlib import suppress
 from functools import lru_cache, partial
 from _thread import get_ident
@@ -1126,16 +1126,22 @@ def log_exception(error: BaseException, line: bytes = b"") -> None:
 # accept -> rest -> a whole head -> queue -> child: requests -> silence -> rest
 # fork -> receive a connection -> serve -> exit -> reap
 #
-# The parent accepts, and holds the connections that nobody works at. When the head of a request is there, it puts the
-# connection into the queue, and whichever child waits there takes it. A child gives a connection back when its client
-# has been silent for a second. The parent reads no byte of a client and calls no application.
+# The parent accepts, and holds the connections that nobody works at. One whose next head is there it puts into the
+# queue; whichever child waits there takes it, and gives it back when the client has been silent for a second. The
+# parent reads no byte of a client and calls no application.
 #
 # ---- 10. Listening socket ---------------------------------------------------
 # An address -> a socket that listens: opened here, or inherited from a service manager (socket(7), sd_listen_fds(3)).
 
 BACKLOG = 1024  # connections that the kernel may hold for us; it caps the number at net.core.somaxconn
-LISTEN_FD = 3  # where sd_listen_fds(3) has the first socket
 STREAM = int(socket.SOCK_STREAM)  # as a plain number: its enumeration costs each fork some pages
+ADVICE = {
+    errno.EADDRINUSE: "; another program listens there: stop it, or choose another address with --bind",
+    errno.EACCES: "; choose a port from 1024 on, or a path that you may write to",
+    errno.EADDRNOTAVAIL: "; this machine has no such address",
+    errno.ENOTSOCK: "; what was inherited there is no socket",
+    errno.EBADF: "; nothing was inherited there",
+}
 
 
 class Listener:
@@ -1145,7 +1151,7 @@ class Listener:
         self.sock, self.family, self.is_unix = sock, int(sock.family), sock.family == socket.AF_UNIX
         self.is_foreign = bind.startswith("fd:")  # somebody else's, who may want it back
         self.path = os.path.abspath(bind[5:]) if bind.startswith("unix:") else ""
-        self.file = identify_file(self.path)
+        self.file = os.stat(self.path) if os.path.exists(self.path) else None
         sock.setblocking(False)
         set_clock(sock)  # also for accept, should another holder of the socket make it blocking again
         if not self.is_unix:  # inherited by each connection, as the clock is (tcp(7))
@@ -1155,12 +1161,9 @@ class Listener:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, int(HEAD_TIMEOUT))
 
     def accept(self) -> socket.SocketType:
-        """Return the next connection; OSError as from accept(2), BlockingIOError if nobody waits.
-
-        This is socket.accept without two enumerations and a layer of methods around the socket that nobody here needs:
-        40 % more connections in a second. `_accept` is private to CPython, and the same since 3.0.
-        """
-        listener: Any = self.sock  # for its type knows no _accept
+        """Return the next connection; OSError as from accept(2), BlockingIOError if nobody waits."""
+        # As socket.accept, without its enumerations and methods around the socket: 40 % more connections in a second.
+        listener: Any = self.sock  # `_accept` is private to CPython, and the same since 3.0
         sock = socket.SocketType(self.family, STREAM, 0, listener._accept()[0])
         if self.is_unix:
             set_clock(sock)
@@ -1173,8 +1176,8 @@ class Listener:
     def close(self) -> None:
         """Listen no more, and remove the file, unless another server has put its own there."""
         self.sock.close()
-        if self.file and identify_file(self.path) == self.file:
-            with suppress(OSError):  # we may no more
+        with suppress(OSError):  # it is gone, or we may no more
+            if self.file and os.path.samestat(self.file, os.stat(self.path)):
                 os.unlink(self.path)
 
 
@@ -1182,14 +1185,6 @@ def set_clock(sock: socket.SocketType) -> None:
     """Have each wait on the socket end after a second."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, ONE_SECOND)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, ONE_SECOND)
-
-
-def identify_file(path: str) -> tuple[int, int] | None:
-    """Return what no other file has in common with this one; None if there is none."""
-    with suppress(OSError):
-        status = os.stat(path)
-        return status.st_dev, status.st_ino
-    return None
 
 
 def find_inherited_address() -> str:
@@ -1200,7 +1195,7 @@ def find_inherited_address() -> str:
         return ""
     if number != "1":
         raise StartError("LISTEN_FDS is %s: pass one socket" % number)
-    return "fd:%d" % LISTEN_FD
+    return "fd:3"
 
 
 def open_listener(bind: str) -> socket.socket:
@@ -1222,15 +1217,6 @@ def open_listener(bind: str) -> socket.socket:
         advice = ADVICE.get(error.errno or 0, "")
         raise StartError("cannot listen on %s: %s%s" % (bind, error.strerror or error, advice)) from None
     return listener
-
-
-ADVICE = {
-    errno.EADDRINUSE: "; another program listens there: stop it, or choose another address with --bind",
-    errno.EACCES: "; choose a port from 1024 on, or a path that you may write to",
-    errno.EADDRNOTAVAIL: "; this machine has no such address",
-    errno.ENOTSOCK: "; what was inherited there is no socket",
-    errno.EBADF: "; nothing was inherited there",
-}
 
 
 def bind_tcp(bind: str) -> socket.socket:
@@ -1277,24 +1263,22 @@ def describe_address(listener: socket.socket) -> str:
 
 
 # ---- 11. Scoreboard ---------------------------------------------------------
-# What parent and children share: memory with a place for each child. Each entry has one writer at a time and is written
-# without a lock; state and time are one aligned double, so that nobody reads one without the other. From it the parent
-# knows who waits, whose request is overdue and what SIGUSR1 prints. A store costs 50 ns.
+# What parent and children share: memory with a place for each child. Each entry has one writer at a time and no lock;
+# state and time are one aligned double, so that nobody reads one without the other. A store costs 50 ns.
 
 STOPPING, PRESSED, WANTED = 1, 2, 4  # orders: responses close; requests wait and no child is to be had; one is forked
 TEXTS = struct.Struct("=44s196s")  # the client, and the request-line
+give_way = getattr(os, "sched_yield", lambda: None)  # sched_yield(2), which not every system has
 SLOT_SIZE = 36 * 8  # six numbers and the texts; small, so that the first slots share one page of memory
 
 
 class Scoreboard:
     """Owns the shared memory (mmap(2), MAP_SHARED): the orders to all, and a row of each kind.
 
-    waiting   1 while the child waits at the queue: written by the child, before and after its life by the parent
-    since     seconds on the monotonic clock, by the same: positive while a request is in hand, negative while its
-              client is waited for, 0 while there is no connection
-    leave_by  when the child must have left, 0 if it may stay: written by the parent
-    pids      of the children, 0 where there is none: written by the parent
-    taken, requests   how many connections and requests there were: written by the child, as the texts are
+    The parent writes `pids` (0 where there is no child) and `leave_by` (when the child must have left, 0 if it may
+    stay). The child writes how many connections and requests it has `taken`, the texts, `waiting` (1 while it waits at
+    the queue) and `since` (monotonic seconds: positive while a request is in hand, negative while its client is waited
+    for, 0 without a connection); the parent does before and after its life.
     """
 
     def __init__(self, slots: int, fd: int = -1) -> None:
@@ -1334,24 +1318,15 @@ class Scoreboard:
 
     def describe(self, slot: int) -> str:
         """Return what the child in the slot does."""
-        if not self.since[slot]:
-            return "waiting"
         doing = "serving" if self.since[slot] > 0 else "waiting for"
-        return '%s %s "%s"' % (doing, self.read_text(slot, 0), self.read_text(slot, 1))
-
-    def retire_all(self, leave_by: float) -> None:
-        """Tell all children to leave, and by when; those that were told before keep their time."""
-        for slot, pid in enumerate(self.pids):
-            if pid:
-                self.leave_by[slot] = self.leave_by[slot] or leave_by
+        texts = doing, self.read_text(slot, 0), self.read_text(slot, 1)
+        return '%s %s "%s"' % texts if self.since[slot] else "waiting"
 
 
 class Slot:
     """Owns a place on the scoreboard, in which the process that serves says what it does."""
 
-    __slots__ = (
-        "board", "client", "index", "is_one_of_many", "leave_by", "orders", "parent", "pid", "requests", "since",
-    )  # fmt: skip
+    __slots__ = "board", "client", "index", "is_one_of_many", "leave_by", "orders", "parent", "pid", "requests", "since"
 
     def __init__(self, board: Scoreboard, is_one_of_many: bool = True) -> None:
         self.client, self.requests = b"", 0
@@ -1421,9 +1396,6 @@ class Slot:
         return self.is_one_of_many and not (orders & PRESSED or self.is_retiring())
 
 
-give_way = getattr(os, "sched_yield", lambda: None)  # sched_yield(2), which not every system has
-
-
 # ---- 12. Child --------------------------------------------------------------
 # A process that serves: it takes a connection out of the queue, serves it, gives it back if it is at rest, and exits or
 # takes the next one (fork(2), unix(7)).
@@ -1431,9 +1403,9 @@ give_way = getattr(os, "sched_yield", lambda: None)  # sched_yield(2), which not
 #     parent --- queue: a descriptor, and the time by which its head must be complete ---> whichever child waits
 #     parent <--- mailbox: a descriptor that comes back, or the number of a signal ------- any child, and itself
 #
-# WARNING: a descriptor in a message is a copy. The sender closes its own, and the connection lives on in whoever takes
-# the message out; in nobody, if the last one that could do so is gone.
+# WARNING: a descriptor in a message is a copy. The sender closes its own, and the connection lives on in the receiver.
 
+Service = Callable[[socket.SocketType, Any, Slot, "float | None"], bool]
 DEADLINE, DESCRIPTOR = struct.Struct("d"), struct.Struct("i")
 DONE = b"done"  # the last message of a child
 MAX_DESCRIPTORS = 253  # in one message: SCM_MAX_FD of Linux
@@ -1459,10 +1431,6 @@ class Channel:
         message, rights, _, _ = self.receiver.recvmsg(64, space, flags | CLOSE_ON_EXEC)
         return message, rights[0][2] if rights else b""
 
-    def has_message(self) -> bool:
-        """Return whether a message waits to be received."""
-        return wait_readable(self.receiver, 0)
-
 
 def make_channel() -> Channel:
     """Return a new channel; macOS has no SOCK_SEQPACKET, but its datagrams between two sockets stay in order, too."""
@@ -1480,10 +1448,8 @@ def wait_readable(sock: socket.SocketType, seconds: float) -> bool:
 class Child:
     """Owns the life of a serving process, from fork to exit. The parent makes it, and each fork has a copy of it."""
 
-    def __init__(
-        self, serve: Service, family: int, queue: Channel, mailbox: Channel, board: Scoreboard, options: Options,
-    ) -> None:  # fmt: skip
-        self.serve_connection, self.family, self.queue, self.mailbox = serve, family, queue, mailbox
+    def __init__(self, serve: Service, family: int, mailbox: Channel, board: Scoreboard, options: Options) -> None:
+        self.serve_connection, self.family, self.queue, self.mailbox = serve, family, make_channel(), mailbox
         self.connections = options.connections_per_child
         self.timeout, self.graceful_timeout = options.timeout, options.graceful_timeout
         self.slot = Slot(board, is_one_of_many=not options.no_fork)
@@ -1528,9 +1494,9 @@ class Child:
             try:
                 message, rights = self.queue.receive()
             except BlockingIOError:  # a second has passed
-                if self.slot.is_retiring():
-                    return None
-                continue
+                if not self.slot.is_retiring():
+                    continue
+                return None
             except OSError:  # it was closed: a process that the application has forked
                 return None
             if not rights:  # asked to leave, or the end of the queue
@@ -1588,17 +1554,11 @@ class Child:
                 sock.close()
 
 
-Service = Callable[[socket.SocketType, Any, Slot, "float | None"], bool]
-
-
 def exit_child(status: int) -> NoReturn:
-    """End the process as the interpreter would (threads, exit handlers, buffers), with no way back to the caller.
-
-    `_shutdown` is what CPython itself calls when it ends; there is no public name for it.
-    """
+    """End the process as the interpreter would (threads, exit handlers, buffers), with no way back to the caller."""
     try:
         if "threading" in sys.modules:
-            sys.modules["threading"]._shutdown()
+            sys.modules["threading"]._shutdown()  # what CPython itself calls at its end; there is no public name
         run_exit_handlers()
         flush_output()
     finally:
@@ -1608,16 +1568,13 @@ def exit_child(status: int) -> NoReturn:
 def flush_output() -> None:
     """Write out what the streams of Python hold."""
     for file in (sys.stdout, sys.stderr):
-        try:
+        with suppress(AttributeError, OSError, ValueError):  # there is none, or nobody reads it, or it was closed
             file.flush()
-        except (AttributeError, OSError, ValueError):
-            pass  # there is none, or nobody reads it, or it was closed
 
 
 # ---- 13. Reactor ------------------------------------------------------------
 # The connections that no child works at: accepted, at rest, ready for a child, given back, expired. One selector tells
-# which of them, or the listener, or the mailbox, has become readable. What came is looked at without being consumed
-# (MSG_PEEK, recv(2)): the child that takes the connection reads it as if it were the first.
+# which of them, the listener or the mailbox is readable. What came is looked at, not consumed (MSG_PEEK, recv(2)).
 
 PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 ACCEPT_AT_ONCE = 64  # connections, before other events are looked at
@@ -1636,16 +1593,6 @@ class Connection:
         self.seen = 0  # how many bytes of a head are there that is not whole
         self.group: Any = None  # whose connection it is, once that was asked for
 
-    def find_group(self) -> Any:
-        """Return what all connections of one client have in common."""
-        if self.group is None:
-            try:
-                address = self.sock.getpeername()
-            except OSError:
-                address = ""
-            self.group = find_group(address[0] if isinstance(address, tuple) else "unix")
-        return self.group
-
 
 def find_group(host: str) -> Any:
     """Return the address as far as it tells clients apart: of an IPv6 address the /64, which one client has whole."""
@@ -1653,14 +1600,18 @@ def find_group(host: str) -> Any:
     return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8] if ":" in host else host
 
 
-def order_fairly(ready: Iterable[Connection], at_work: dict[Any, int]) -> list[Connection]:
+def order_fairly(ready: Iterable[Connection], board: Scoreboard) -> deque[Connection]:
     """Return the connections in the order of how many of the same client are at work, or stand before them."""
+    ahead = Counter(find_group(board.read_text(slot, 0)) for slot in range(board.used) if board.since[slot])
     ranked: list[tuple[int, int, Connection]] = []
     for connection in ready:
-        group = connection.find_group()
-        at_work[group] = at_work.get(group, 0) + 1
-        ranked.append((at_work[group], len(ranked), connection))
-    return [connection for _, _, connection in sorted(ranked)]
+        if connection.group is None:
+            with suppress(OSError):  # it was reset
+                address = connection.sock.getpeername()
+                connection.group = find_group(address[0]) if isinstance(address, tuple) else "unix"
+        ahead[connection.group] += 1
+        ranked.append((ahead[connection.group], len(ranked), connection))
+    return deque(connection for _, _, connection in sorted(ranked))
 
 
 class Reactor:
@@ -1728,9 +1679,8 @@ class Reactor:
 
     def look_at(self, connection: Connection) -> None:
         """Look at what the client has sent: is it for a child, or does the connection rest?"""
-        sock = connection.sock
         try:
-            count = sock.recv_into(self.peeked, 0, PEEK)
+            count = connection.sock.recv_into(self.peeked, 0, PEEK)
         except BlockingIOError:
             self.rest(connection)
             return
@@ -1744,7 +1694,7 @@ class Reactor:
             self.make_ready(connection)
         else:
             # The selector reports it when more is there (SO_RCVLOWAT, socket(7)); with unix sockets a child must wait.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count + 1)
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count + 1)
             if not connection.seen:  # a head has the head's time, and not more by a byte now and then
                 connection.deadline = time.monotonic() + self.head_timeout
             connection.seen = count
@@ -1781,9 +1731,9 @@ class Reactor:
             if not rights:
                 return message == DONE  # else it is a signal's number
             for (fd,) in DESCRIPTOR.iter_unpack(rights):
-                sock = socket.SocketType(self.listener.family, STREAM, 0, fd)
+                deadline = time.monotonic() + max(self.keep_alive - TICK, 0.0)  # it was silent for a TICK
                 self.make_room()
-                self.rest(Connection(sock, time.monotonic() + max(self.keep_alive - TICK, 0.0)))  # silent for a TICK
+                self.rest(Connection(socket.SocketType(self.listener.family, STREAM, 0, fd), deadline))
 
     def expire(self, now: float) -> None:
         """Close who has been silent too long; a head that has begun is answered 408 by a child."""
@@ -1791,10 +1741,7 @@ class Reactor:
             self.accepts_at = 0.0
             self.selector.register(self.listener.sock, selectors.EVENT_READ, self.accept)
         for connection in [c for c in self.resting.values() if now >= c.deadline]:
-            if connection.seen:
-                self.make_ready(connection)
-            else:
-                self.drop(connection)
+            (self.make_ready if connection.seen else self.drop)(connection)
 
     def stop_listening(self) -> None:
         """Accept who was in the kernel's queue, and nobody else."""
@@ -1802,7 +1749,7 @@ class Reactor:
             self.listener.sock.listen(0)
         while not self.accepts_at and wait_readable(self.listener.sock, 0):
             self.accept()
-        with suppress(KeyError):  # there was no room
+        if not self.accepts_at:
             self.selector.unregister(self.listener.sock)
         self.listener.close()
 
@@ -1816,9 +1763,9 @@ class Reactor:
 
     def list_descriptors(self) -> list[int]:
         """Return the descriptors of all connections, fit to be held by another process."""
-        for connection in self.resting.values():
-            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-        return [*self.resting, *(connection.sock.fileno() for connection in self.ready)]
+        for connection in [*self.resting.values()]:
+            self.make_ready(connection)
+        return [connection.sock.fileno() for connection in self.ready]
 
 
 # ---- 14. Parent -------------------------------------------------------------
@@ -1837,14 +1784,12 @@ SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.
 class Signals:
     """Owns the signal handlers of the server, and the numbers of the signals that were not handled yet (signal(7)).
 
-    Signals are data: a handler notes the number, a byte in the mailbox ends the sleep, and the loop acts. So nothing
-    happens between two lines of the parent that is not written there. Where no loop of ours runs, somebody else gets
-    the number at once: `Child.on_signal`, or `end_loading` while the application is loaded.
+    Signals are data: a handler notes the number, a byte in the mailbox ends the sleep, and the loop acts. Where no loop
+    of ours runs, somebody else gets the number at once: `Child.on_signal`, or `end_loading`.
 
-    WARNING: CPython forgets signals that come between fork(2) and the return of os.fork(). A child of ours has nothing
-    to lose, since what is asked of it is on the scoreboard. But a process of the application may be terminated as soon
-    as its pid is known. So around its fork, in a child or in a thread, signals wait: `before_fork` blocks them,
-    `after_fork` lets them come, `after_fork_in_child` gives up first what is the server's.
+    WARNING: CPython forgets signals that come between fork(2) and the return of os.fork(). What is asked of a child of
+    ours is on the scoreboard. But a process of the application may be terminated as soon as its pid is known: so
+    signals wait around its fork, in a child or in a thread.
     """
 
     def __init__(self, wakeup: socket.socket) -> None:
@@ -1852,10 +1797,11 @@ class Signals:
         self.pending: list[int] = []
         self.receiver: Callable[[int], Any] = self.pending.append
         self.handlers: dict[int, Any] = {}  # as they were before
-        self.detach: Callable[[], None] | None = None  # what a process of the application has to call
+        self.detach: Callable[[], None] | None = None  # what a process has to call that the application has forked
         self.masks: dict[int, Any] = {}  # by the thread that forks: what was blocked before
         self.own_thread = 0  # the thread in which a child of ours is being forked
-        self.has_hooks = False
+        after = {"after_in_parent": self.after_fork, "after_in_child": self.after_fork_in_child}
+        os.register_at_fork(before=self.before_fork, **after)
 
     def catch(self, *signums: int) -> None:
         """Have these signals noted from now on, whatever an application has set or blocked."""
@@ -1889,14 +1835,6 @@ class Signals:
         finally:
             self.own_thread = 0
 
-    def watch_forks(self, detach: Callable[[], None]) -> None:
-        """Have this called in each process that the application forks from this one."""
-        self.detach = detach
-        if not self.has_hooks:
-            self.has_hooks = True
-            after = {"after_in_parent": self.after_fork, "after_in_child": self.after_fork_in_child}
-            os.register_at_fork(before=self.before_fork, **after)
-
     def before_fork(self) -> None:
         """Let signals wait."""
         if self.detach and get_ident() != self.own_thread:
@@ -1905,8 +1843,7 @@ class Signals:
 
     def after_fork(self) -> None:
         """Let them come as before."""
-        mask = self.masks.pop(get_ident(), None)
-        if mask is not None:
+        if (mask := self.masks.pop(get_ident(), None)) is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def after_fork_in_child(self) -> None:
@@ -1929,29 +1866,23 @@ class Queue:
         self.least_spare = 0  # since the last TICK
         self.idle: set[int] = set()  # slots of children that waited at the last TICK although requests did
 
-    def put(self, connection: Connection) -> bool:
-        """Put a connection into the queue; return False if that is full."""
-        try:
-            self.channel.send(DEADLINE.pack(connection.deadline), connection.sock.fileno())
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.ENOBUFS):  # as ETOOMANYREFS: too many descriptors under way
-                log_throttled("cannot hand over a connection: %s" % error.strerror)
-            return False
-        connection.sock.close()
-        self.put_in += 1
-        return True
-
     def fill(self, reactor: Reactor, now: float, free: int) -> int:
-        """Put requests in, for as many children as are free or may be forked; return how many.
-
-        The rest waits in the order of `order_fairly`, and puts on pressure.
-        """
+        """Put in requests for as many children as are free or may be forked; return how many. The others wait."""
         if free < len(reactor.ready) and now >= self.fair_at:
             self.fair_at = now + FAIR_ORDER_EVERY
-            reactor.ready = deque(order_fairly(reactor.ready, count_at_work(self.board)))
+            reactor.ready = order_fairly(reactor.ready, self.board)
         before = self.put_in
-        while reactor.ready and self.put_in < before + free and self.put(reactor.ready[0]):
+        while reactor.ready and self.put_in < before + free:
+            connection = reactor.ready[0]
+            try:
+                self.channel.send(DEADLINE.pack(connection.deadline), connection.sock.fileno())
+            except OSError as error:  # the queue is full; or ETOOMANYREFS: too many descriptors are under way
+                if error.errno not in (errno.EAGAIN, errno.ENOBUFS):
+                    log_throttled("cannot hand over a connection: %s" % error.strerror)
+                break
             reactor.ready.popleft()
+            connection.sock.close()
+            self.put_in += 1
         if reactor.ready and self.put_in == before + free:
             self.pressed_until = now + TICK
             self.board.order(PRESSED, True)
@@ -1969,14 +1900,11 @@ class Queue:
         return spare
 
     def look_after(self, now: float) -> None:
-        """Have the spare children beyond the one leave that were not needed since the last TICK.
-
-        One that has let a request wait for two TICKs in a row is stuck, or was stopped: it counts as spare no more.
-        """
+        """Have the spare children beyond the one leave that were not needed since the last TICK."""
         self.board.order(PRESSED, now < self.pressed_until)
         waiting = {slot for slot, is_waiting in enumerate(self.board.waiting) if is_waiting}
-        if self.channel.has_message():
-            for slot in waiting & self.idle:
+        if wait_readable(self.channel.receiver, 0):
+            for slot in waiting & self.idle:  # stuck, or stopped: they count as spare no more
                 self.board.waiting[slot] = 0
             self.idle = waiting
             return
@@ -1998,27 +1926,6 @@ class Queue:
         return untaken
 
 
-class Deadlines:
-    """Owns which children were interrupted, since they made no progress for too long."""
-
-    def __init__(self, timeout: float) -> None:
-        self.timeout = timeout
-        self.interrupted: dict[int, tuple[float, float]] = {}  # by pid: since when it made none, and when it was told
-        self.count = 0
-
-    def enforce(self, now: float, children: dict[int, int], board: Scoreboard) -> None:
-        """Interrupt what makes no progress; kill what takes no notice, or should have left."""
-        for pid, slot in children.items():
-            since = board.since[slot]  # read once: it changes under our eyes
-            if since and now - abs(since) > self.timeout + (ALARM_SLACK if since > 0 else CLIENT_SLACK):
-                if self.interrupted.get(pid, (0.0, 0.0))[0] != since:
-                    self.interrupted[pid] = since, now
-                    self.count += 1
-                is_deaf = now - self.interrupted[pid][1] >= KILL_AFTER
-                send_signal(pid, signal.SIGKILL if is_deaf else signal.SIGALRM)
-        kill_all([pid for pid, slot in children.items() if 0 < board.leave_by[slot] <= now])
-
-
 class Stop:
     """Owns the end of the server: what happens when, once a signal has asked for it."""
 
@@ -2029,10 +1936,6 @@ class Stop:
         self.listening_ends = time.monotonic() + options.drain_delay
         self.rest_ends = self.listening_ends + min(LAST_CALL, options.graceful_timeout / 2)
         self.killing_begins = self.listening_ends + options.graceful_timeout
-
-    def hurry(self) -> None:
-        """Do all of it now."""
-        self.listening_ends = self.rest_ends = self.killing_begins = 0.0
 
     def go_on(self, now: float, reactor: Reactor, queue: Queue, children: Iterable[int]) -> None:
         """Close the listening socket, then the connections at rest; let the children finish, kill what is left."""
@@ -2046,7 +1949,7 @@ class Stop:
             if now >= self.killing_begins:
                 reactor.ready.clear()
                 kill_all(pids)
-            if not reactor.ready and not queue.channel.has_message():
+            if not reactor.ready and not wait_readable(queue.channel.receiver, 0):
                 queue.end()
 
 
@@ -2056,9 +1959,9 @@ class Parent:
     def __init__(self, child: Child, reactor: Reactor, signals: Signals, options: Options) -> None:
         self.child, self.reactor, self.signals, self.options = child, reactor, signals, options
         self.board, self.queue = child.slot.board, Queue(child.queue, child.slot.board)
-        sockets = child.queue.sender, child.mailbox.receiver, reactor.selector
-        self.own_descriptors = (self.board.fd, *(sock.fileno() for sock in sockets))  # that no child needs
-        self.reload = Reload(options, signals, self.board, reactor, self.queue)
+        files = child.queue.sender, child.mailbox.receiver, reactor.selector
+        self.own_descriptors = (self.board.fd, *(file.fileno() for file in files))  # that no child needs
+        self.reload = Reload(options, signals, reactor, self.queue)
         self.children = {pid: slot for slot, pid in enumerate(self.board.pids) if pid}  # that a reload has left
         for slot in self.children.values():  # they may have waited for the mailbox while the new code was loaded
             if self.board.since[slot] < 0:
@@ -2068,9 +1971,10 @@ class Parent:
         self.put_in_before = 0  # how many requests there were when that was decided
         self.early_exits = 0  # of children in a row that have died before they served,
         self.fork_again_at = self.tick_at = 0.0  # and so no fork before; and when `watch` is due
-        self.deadlines = Deadlines(options.timeout)
+        self.told: dict[int, tuple[float, float]] = {}  # by slot: no progress since when, interrupted when
         self.stopping: Stop | None = None
-        self.totals = {"connections": 0, "forks": 0, "reaped": 0, "crashes": 0}
+        self.has_terminal = signals.handlers.get(signal.SIGHUP) != signal.SIG_IGN and can_open_terminal()
+        self.totals = {"connections": 0, "forks": 0, "reaped": 0, "crashes": 0, "timeouts": 0}
 
     def run(self) -> None:
         """Serve until the server was stopped and the last child was reaped."""
@@ -2081,8 +1985,7 @@ class Parent:
                 spare -= self.queue.fill(self.reactor, now, self.cap - len(self.children) + spare)
             # Step 2: one child more than there are requests waits, so that no client has to wait for a fork.
             until = self.keep_spare(now, spare)
-            # Step 3: sleep until a client, a child or a signal wants something, after those that are at work. In here
-            # connections are accepted, looked at and taken back.
+            # Step 3: sleep until a client, a child or a signal wants something. Those that are at work come first.
             give_way()
             if self.reactor.wait(max(min(until, self.tick_at) - now, 0.0)):
                 self.fork_at = 0.0  # a child is done: the next one takes the processor from nobody
@@ -2094,11 +1997,9 @@ class Parent:
                 self.watch(now)
 
     def keep_spare(self, now: float, spare: int) -> float:
-        """Fork a child: a little after the last spare one got work, or at once if a request waits; return when to look.
-
-        A parent that forks while its child answers would take the processor from it. Where children come back for the
-        next connection, a request may wait as long; unless others have been waiting since then.
-        """
+        """Fork a child a little after the last spare one got work, at once if a request waits; return when to look."""
+        # A parent that forks while its child answers takes the processor from it. Where children come back for the next
+        # connection, a request may wait as long; unless others have been waiting since then.
         if spare > 0 or len(self.children) >= self.cap or (spare == 0 and self.stopping):
             self.fork_at = None
             self.board.order(WANTED, False)
@@ -2126,8 +2027,7 @@ class Parent:
             return
         if pid == 0:
             self.child.run(slot, self.give_up)
-        self.board.pids[slot] = pid
-        self.children[pid] = slot
+        self.board.pids[slot], self.children[pid] = pid, slot
         self.totals["forks"] += 1
 
     def give_up(self) -> None:
@@ -2136,31 +2036,26 @@ class Parent:
             os.close(fd)
         self.reactor.close_copies()
         self.signals.receiver = self.child.on_signal
-        self.signals.watch_forks(self.child.detach)
+        self.signals.detach = self.child.detach
         become_child()
-
-    def detach(self) -> None:
-        """Give up, in a process that a thread of the application has forked, what is the server's."""
-        for fd in (*self.own_descriptors, self.child.queue.receiver.fileno(), self.child.mailbox.sender.fileno()):
-            os.close(fd)
-        self.reactor.close_copies()
 
     def handle_signal(self, signum: int) -> None:
         """Do what a signal asks for."""
         if signum == signal.SIGCHLD:
             self.reap()
-        elif signum in (signal.SIGTERM, signal.SIGINT) or (signum == signal.SIGHUP and self.reload.has_lost_terminal()):
+        elif signum in (signal.SIGTERM, signal.SIGINT):
             self.stop()
         elif signum == signal.SIGHUP:
-            self.reload.begin()
+            is_hangup = self.has_terminal and not can_open_terminal()  # the one that the server was started in is gone
+            (self.stop if is_hangup else self.reload.begin)()
         elif signum == signal.SIGUSR1:
-            report(self.board, self.reactor, {**self.totals, "timeouts": self.deadlines.count})
+            report(self.board, self.reactor, self.totals)
 
     def reap(self) -> None:
         """Collect every child that has ended: until then it is a zombie, a pid and a wait status in the kernel.
 
-        SIGCHLD says that some have, not how many: signals merge. So this asks until there is none, and does not block
-        for those that live (waitpid(2)). A pid that is not ours was orphaned and given to us, as to any PID 1.
+        SIGCHLD says that some have, not how many: signals merge. So this repeats until none is left, and does not block
+        for the living (waitpid(2)). A pid that is not ours was orphaned and given to us, as to any PID 1.
         """
         while True:
             try:
@@ -2187,7 +2082,7 @@ class Parent:
         self.fork_at = 0.0  # it was the spare one, or has made room
         self.totals["connections"] += self.board.taken[slot]
         self.queue.taken_by_dead += self.board.taken[slot]
-        self.deadlines.interrupted.pop(pid, None)
+        self.told.pop(slot, None)
         self.board.clear(slot)
 
     def watch(self, now: float) -> None:
@@ -2195,7 +2090,7 @@ class Parent:
         self.tick_at = now + (TICK / 4 if self.stopping or self.options.reload else TICK)
         self.cap = self.options.max_children  # the system may allow more again
         self.reactor.expire(now)
-        self.deadlines.enforce(now, self.children, self.board)
+        self.totals["timeouts"] += enforce_deadlines(now, self.options.timeout, self.board, self.told)
         self.queue.look_after(now)
         self.reload.watch(now)
         if self.stopping:
@@ -2204,21 +2099,24 @@ class Parent:
     def stop(self) -> None:
         """Stop gracefully; at the second request, at once."""
         self.tick_at = 0.0
+        self.reload.cancel()
         if self.stopping:
-            self.stopping.hurry()
-        else:
-            self.reload.cancel()
-            self.stopping = Stop(self.options, self.board)
+            self.stopping.listening_ends = self.stopping.rest_ends = self.stopping.killing_begins = 0.0
+        self.stopping = self.stopping or Stop(self.options, self.board)
 
 
-def count_at_work(board: Scoreboard) -> dict[Any, int]:
-    """Return how many children work for each client."""
-    counts: dict[Any, int] = {}
-    for slot in range(board.used):
-        if board.since[slot]:
-            group = find_group(board.read_text(slot, 0))
-            counts[group] = counts.get(group, 0) + 1
-    return counts
+def enforce_deadlines(now: float, timeout: float, board: Scoreboard, told: dict[int, tuple[float, float]]) -> int:
+    """Interrupt what makes no progress; kill what takes no notice, or should have left. Return how many were new."""
+    count = 0
+    for slot, pid in enumerate(board.pids):
+        since = board.since[slot]  # read once: it changes under our eyes
+        if pid and since and now - abs(since) > timeout + (ALARM_SLACK if since > 0 else CLIENT_SLACK):
+            if told.get(slot, (0.0, 0.0))[0] != since:
+                told[slot] = since, now
+                count += 1
+            send_signal(pid, signal.SIGKILL if now - told[slot][1] >= KILL_AFTER else signal.SIGALRM)
+    kill_all([pid for slot, pid in enumerate(board.pids) if pid and 0 < board.leave_by[slot] <= now])
+    return count
 
 
 def kill_all(pids: list[int]) -> None:
@@ -2239,10 +2137,9 @@ def send_signal(pid: int, signum: int) -> None:
 
 def describe_end(status: int) -> str:
     """Return how a process has ended by its wait status (waitpid(2))."""
-    if not os.WIFSIGNALED(status):
-        return "exited with %d" % os.WEXITSTATUS(status)
-    number = os.WTERMSIG(status)
-    return "died of " + ("signal %d" % number if number not in set(signal.Signals) else signal.Signals(number).name)
+    names = {int(signum): signum.name for signum in signal.Signals}
+    number = os.WTERMSIG(status)  # 0: of none
+    return "died of " + names.get(number, "signal %d" % number) if number else "exited with %d" % os.WEXITSTATUS(status)
 
 
 def report(board: Scoreboard, reactor: Reactor, totals: dict[str, int]) -> None:
@@ -2279,11 +2176,6 @@ class Solo:
         log_error("stopping")
         self.reactor.listener.close()
 
-    def detach(self) -> None:
-        """Give up, in a process that the application has forked, what is the server's."""
-        self.child.detach()
-        self.reactor.close_copies()
-
 
 # ---- Part three: what production adds ---------------------------------------
 #
@@ -2293,7 +2185,7 @@ class Solo:
 #     1. SIGHUP            the program is started once more, beside the server, with WEBSERVER_CHECK: does it load?
 #     2. it loads          children are told to leave; what is at rest or in the queue goes into a channel of its own
 #     3. execve(2)         the same process becomes the new program; WEBSERVER_RELOAD names the descriptors that stay:
-#                          the listening socket, the mailbox, the memory of the scoreboard, that channel
+#                          the memory of the scoreboard, the listening socket, the mailbox, that channel
 #     4. it loads again    meanwhile clients wait in the kernel's queue, and children put connections into the mailbox
 #     5. it serves         and reaps the children that were left, whose deadlines are on the scoreboard
 
@@ -2305,34 +2197,14 @@ STARTED_IN, STARTED_WITH = os.getcwd(), dict(os.environ)
 STARTED_AS = [sys.executable, *getattr(sys, "orig_argv", [sys.executable, *sys.argv])[1:]]
 
 
-class Kept(NamedTuple):
-    """The descriptors that outlive a reload."""
-
-    listener: int
-    receiver: int  # of the mailbox
-    sender: int
-    board: int
-    rest_receiver: int  # of a channel for the connections at rest
-    rest_sender: int
-
-
 class Reload:
     """Owns the process that tries new code, and what becomes of the server when it loads. It lives in the parent."""
 
-    def __init__(
-        self, options: Options, signals: Signals, board: Scoreboard, reactor: Reactor, queue: Queue
-    ) -> None:
-        self.options, self.signals, self.board, self.reactor, self.queue = options, signals, board, reactor, queue
-        self.checker = 0  # the pid of the process that tries the code; 0: there is none
-        self.check_by = 0.0  # when it must have finished
-        self.is_wanted_again = False  # the code has changed meanwhile
-        self.is_due = False  # the code loads
+    def __init__(self, options: Options, signals: Signals, reactor: Reactor, queue: Queue) -> None:
+        self.options, self.signals, self.board, self.reactor, self.queue = options, signals, queue.board, reactor, queue
+        self.checker, self.check_by = 0, 0.0  # the pid of the process that tries the code, and when it must be done
+        self.is_wanted_again = self.is_due = False  # the code has changed meanwhile; the code loads
         self.sources = list_sources() if options.reload else {}
-        self.has_terminal = signals.handlers.get(signal.SIGHUP) != signal.SIG_IGN and can_open_terminal()
-
-    def has_lost_terminal(self) -> bool:
-        """Return whether SIGHUP has come because the terminal was closed in which the server was started."""
-        return self.has_terminal and not can_open_terminal()
 
     def begin(self) -> None:
         """Try the code as it is now in a fresh interpreter."""
@@ -2341,13 +2213,12 @@ class Reload:
             return
         self.check_by = time.monotonic() + CHECK_TIMEOUT
         try:
-            pid = self.signals.fork()
+            self.checker = self.signals.fork()
         except OSError as error:
             log_error("cannot fork to try the new code: %s" % error.strerror)
             return
-        if pid == 0:
+        if self.checker == 0:
             start_again(WEBSERVER_CHECK=str(os.getpid()))
-        self.checker = pid
 
     def end_check(self, pid: int, status: int) -> None:
         """Hear what became of the check, if it was its process that was reaped."""
@@ -2360,7 +2231,7 @@ class Reload:
             self.is_due = True
         else:
             log_error("the new code does not load: the old code goes on")
-            notify_reloading()
+            notify("RELOADING=1")
             notify("READY=1")  # else the manager would wait for the end of the reload that it has asked for
 
     def cancel(self) -> None:
@@ -2387,8 +2258,10 @@ class Reload:
         if self.signals.pending:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             return
-        notify_reloading()
-        self.board.retire_all(time.monotonic() + self.options.graceful_timeout)
+        notify("RELOADING=1")
+        for slot, pid in enumerate(self.board.pids):
+            if pid and not self.board.leave_by[slot]:
+                self.board.leave_by[slot] = time.monotonic() + self.options.graceful_timeout
         mailbox, rest = self.reactor.mailbox, make_channel()
         fds = self.reactor.list_descriptors() + self.queue.end()
         for first in range(0, len(fds), MAX_DESCRIPTORS):
@@ -2396,42 +2269,29 @@ class Reload:
                 rest.send(b"rest", *fds[first : first + MAX_DESCRIPTORS])
             except OSError as error:  # more than 70,000, or than the user may have under way
                 log_error("connections at rest are lost in the reload: %s" % error.strerror)
-        atexit._run_exitfuncs()  # what the old code has started ends with it
+        run_exit_handlers()  # what the old code has started ends with it
         flush_output()
-        listener, board = self.reactor.listener.sock.fileno(), self.board.fd
-        sockets = mailbox.receiver, mailbox.sender, rest.receiver, rest.sender
-        receiver, sender, rest_receiver, rest_sender = (sock.fileno() for sock in sockets)
-        replace_program(Kept(listener, receiver, sender, board, rest_receiver, rest_sender))
+        sockets = self.reactor.listener.sock, mailbox.receiver, mailbox.sender, rest.receiver, rest.sender
+        replace_program([self.board.fd, *(sock.fileno() for sock in sockets)])
 
 
-def replace_program(kept: Kept) -> NoReturn:
-    """Start the program again in this process, which keeps these descriptors.
-
-    Until it catches signals, they wait. But where it is a script that calls `serve`, what that starts before would
-    inherit the mask: there SIGHUP and SIGUSR1, by which it would die, are ignored meanwhile.
-    """
+def replace_program(kept: list[int]) -> NoReturn:
+    """Start the program again in this process, which keeps these descriptors. Until it catches signals, they wait."""
     for fd in kept:
         os.set_inheritable(fd, True)
-    if __name__ != "__main__":
+    if __name__ != "__main__":  # what a script starts before it calls `serve` would inherit the mask
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     start_again(WEBSERVER_RELOAD=" ".join(map(str, (os.getpid(), *kept))))
 
 
-def find_kept() -> Kept | None:
-    """Return what a reload has left to this process; what it has left to another one means nothing here."""
-    pid, *numbers = map(int, os.environ.pop("WEBSERVER_RELOAD", "0").split())
-    if pid != os.getpid():
-        return None
-    for fd in numbers:
+def find_kept() -> list[int]:
+    """Return the descriptors that a reload has left to this process; those left to another one mean nothing here."""
+    pid, *kept = map(int, os.environ.pop("WEBSERVER_RELOAD", "0").split())
+    for fd in kept if pid == os.getpid() else ():
         os.set_inheritable(fd, False)
-    return Kept(*numbers)
-
-
-def is_check() -> bool:
-    """Return whether this process is to try whether the code loads."""
-    return os.environ.get("WEBSERVER_CHECK") == str(os.getpid())
+    return kept if pid == os.getpid() else []
 
 
 def end_loading(pending: list[int], signum: int) -> None:
@@ -2446,11 +2306,10 @@ def end_loading(pending: list[int], signum: int) -> None:
 
 def can_open_terminal() -> bool:
     """Return whether this process has a controlling terminal that still exists (tty(4))."""
-    try:
+    with suppress(OSError):
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 def start_again(**environ: str) -> NoReturn:
@@ -2468,8 +2327,7 @@ def start_again(**environ: str) -> NoReturn:
 def list_sources() -> dict[str, int]:
     """Return when the sources were changed, also those never imported: one of them may be what breaks an import."""
     files = [getattr(module, "__dict__", {}).get("__file__") for module in list(sys.modules.values())]
-    sources = [file for file in files if isinstance(file, str) and file.endswith(".py")]
-    folders = {os.path.dirname(os.path.abspath(file)) for file in sources}
+    folders = {os.path.dirname(os.path.abspath(f)) for f in files if isinstance(f, str) and f.endswith(".py")}
     installed = re.compile("%s/|.*/(site|dist)-packages/" % re.escape(os.path.dirname(os.__file__)))
     times = {}
     for folder in (folder for folder in folders if not installed.match(folder + "/")):
@@ -2481,8 +2339,11 @@ def list_sources() -> dict[str, int]:
 
 
 # ---- 16. Surroundings -------------------------------------------------------
-# What the server takes from the system and tells it: privileges, limits, standard files, the service manager, and what
-# is done once before the first fork so that no fork has to.
+# What the server takes from the system and tells it, and what is done once, so that no fork has to do it.
+
+SOFT_LIMIT: list[int] = []  # the limit of descriptors before it was raised
+OTHER_DESCRIPTORS = 64  # besides those of connections
+FINALIZERS: list[Any] = []  # the registry of weakref.finalize, and what is in it before the first fork
 
 
 class StartError(Exception):
@@ -2515,24 +2376,20 @@ def prepare_to_fork() -> None:
 
 
 def rehearse() -> None:
-    """Serve some requests to ourselves, before there is a listening socket.
-
-    What the interpreter learns from them, specialised bytecode and filled caches, every child inherits, and need not
-    learn on pages of its own: a sixth more connections in a second.
-    """
+    """Serve some requests to ourselves: what the interpreter learns, all children inherit (a sixth more a second)."""
     options = Options(access_log="off", connections_per_child=12)
-    queue, mailbox = make_channel(), make_channel()
-    serve_page = partial(serve_connection, show_environ, options)
+    service = partial(serve_connection, show_environ, options)
+    child = Child(service, socket.AF_UNIX, make_channel(), Scoreboard(1), options)
     clients = [socket.socketpair() for _ in range(options.connections_per_child)]
     for client, server in clients:
         client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\nConnection: close\r\n\r\n")
         with suppress(OSError):  # too many descriptors of this user are under way
-            queue.send(DEADLINE.pack(0.0), server.fileno())
-    queue.sender.shutdown(socket.SHUT_WR)
-    Child(serve_page, socket.AF_UNIX, queue, mailbox, Scoreboard(1), options).serve_connections()
-    for pair in (*clients, (queue.sender, queue.receiver), (mailbox.sender, mailbox.receiver)):
-        for sock in pair:
-            sock.close()
+            child.queue.send(DEADLINE.pack(0.0), server.fileno())
+    child.queue.sender.shutdown(socket.SHUT_WR)
+    child.serve_connections()
+    channels = [(channel.sender, channel.receiver) for channel in (child.queue, child.mailbox)]
+    for sock in (sock for pair in clients + channels for sock in pair):
+        sock.close()
 
 
 def become_child() -> None:
@@ -2560,7 +2417,10 @@ def drop_privileges(name: str) -> None:
             os.initgroups(user, gid)
             os.setgid(gid)
             os.setuid(entry.pw_uid)
-            make_dumpable()
+            with suppress(Exception):  # not Linux; else /proc/self would not belong to the new user (proc(5))
+                import ctypes
+
+                ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE (prctl(2))
         if get_ids() != ({entry.pw_uid}, {gid}):
             raise PermissionError(errno.EPERM, "the former user could be regained")
     except KeyError:
@@ -2574,18 +2434,6 @@ def get_ids() -> tuple[set[int], set[int]]:
     if hasattr(os, "getresuid"):
         return set(os.getresuid()), set(os.getresgid())
     return {os.getuid(), os.geteuid()}, {os.getgid(), os.getegid()}
-
-
-def make_dumpable() -> None:
-    """Have /proc/self belong to the new user, who else may not write to it (prctl(2), PR_SET_DUMPABLE; proc(5))."""
-    with suppress(Exception):  # not Linux
-        import ctypes
-
-        ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
-
-
-SOFT_LIMIT: list[int] = []  # the limit of descriptors before it was raised
-OTHER_DESCRIPTORS = 64  # besides those of connections
 
 
 def raise_descriptor_limit(connections: int) -> int:
@@ -2609,25 +2457,20 @@ def lower_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (SOFT_LIMIT[0], resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 
-FINALIZERS: list[Any] = []  # the registry of weakref.finalize, and what is in it before the first fork
-
-
 def run_exit_handlers() -> None:
-    """Run what was registered in this process: by atexit, by weakref.finalize (temporary folders), by multiprocessing.
-
-    The last two have registered themselves with atexit once, in the parent, which is why a child must ask them.
-    """
-    atexit._run_exitfuncs()
+    """Run what was registered in this process: by atexit, weakref.finalize (temporary folders) and multiprocessing."""
+    with suppress(Exception, SystemExit):  # whose traceback it has printed
+        atexit._run_exitfuncs()  # the other two have registered themselves there once, in the parent
     registry, inherited = FINALIZERS or ((), ())
     if len(registry) != len(inherited):
         for finalizer in [own for own in reversed(registry) if own not in inherited and own.atexit]:
             finalizer()
-    if multiprocessing := sys.modules.get("multiprocessing.process"):
-        for process in multiprocessing.active_children():
-            with suppress(AssertionError):  # is_alive says so of a child of the parent
-                if process.is_alive() and process.daemon:
-                    process.terminate()
-                    process.join()
+    multiprocessing = sys.modules.get("multiprocessing.process")
+    for process in multiprocessing.active_children() if multiprocessing else ():
+        with suppress(AssertionError):  # is_alive says so of a child of the parent
+            if process.is_alive() and process.daemon:
+                process.terminate()
+                process.join()
 
 
 def notify(state: str) -> None:
@@ -2636,14 +2479,10 @@ def notify(state: str) -> None:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.setblocking(False)  # it may not be listening any more
-                sock.sendto(state.encode(), "\0" + path[1:] if path[0] == "@" else path)
+                message = "%s\nMONOTONIC_USEC=%d" % (state, time.monotonic() * 1e6)  # a reload must tell it
+                sock.sendto(message.encode(), "\0" + path[1:] if path[0] == "@" else path)
         except OSError as error:
             log_error("cannot notify %s: %s" % (path, error.strerror or error))
-
-
-def notify_reloading() -> None:
-    """Tell it that a reload has begun; READY=1 ends it."""
-    notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
 
 
 def make_shared_file(size: int) -> int:
@@ -2662,6 +2501,20 @@ def make_shared_file(size: int) -> int:
 # ---- 17. Application --------------------------------------------------------
 # A name -> a callable; and the application that is served when none is named.
 
+PAGE = """<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>It works</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 3rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; width: 100%%; font: 14px/1.6 ui-monospace, monospace }
+th { text-align: left; padding-right: 1.5rem; vertical-align: top; white-space: nowrap }
+td { overflow-wrap: anywhere } tr { border-top: 1px solid #ddd }
+</style>
+<h1>It works</h1><p>%s. An application would have seen this environ:</p>
+<table>
+%s
+</table></html>
+"""
+
 
 def load_application(name: str) -> Application:
     """Return the application of a name such as `module:app`, `package.module` or `module:make_app()`."""
@@ -2675,12 +2528,12 @@ def load_application(name: str) -> Application:
     try:
         module = importlib.import_module(module_name)
         return find_application(module, path if colon else "application" if hasattr(module, "application") else "app")
-    except StartError:
-        raise
     except (Exception, SystemExit) as error:
+        if isinstance(error, StartError):
+            raise
         if isinstance(error, ModuleNotFoundError) and error.name and (module_name + ".").startswith(error.name + "."):
-            where = "%s and the installed ones" % os.getcwd()
-            raise StartError("there is no module %r: looked in %s" % (module_name, where)) from None
+            where = module_name, os.getcwd()
+            raise StartError("there is no module %r: looked in %s and the installed ones" % where) from None
         log_exception(error)
         raise StartError("%s does not load: see the traceback above" % name) from None
 
@@ -2722,39 +2575,20 @@ def show_environ(environ: Environ, start_response: StartResponse) -> list[bytes]
     return [text.encode("utf-8", "backslashreplace")]
 
 
-PAGE = """<!DOCTYPE html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>It works</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 3rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; width: 100%%; font: 14px/1.6 ui-monospace, monospace }
-th { text-align: left; padding-right: 1.5rem; vertical-align: top; white-space: nowrap }
-td { overflow-wrap: anywhere } tr { border-top: 1px solid #ddd }
-</style>
-<h1>It works</h1>
-<p>%s. An application would have seen this environ:</p>
-<table>
-%s
-</table>
-</html>
-"""
-
 # ---- 18. Command line -------------------------------------------------------
 # Words -> options, an application and a listening socket. Every mistake of the user is one sentence that says what to
 # do; only a fault inside the user's own module shows a traceback, and only the user's part of it.
-
 
 USAGE = """webserver.py [options] [module:app | module:factory()]
 
 A WSGI server: a request is served by a process of its own, a connection at
 rest costs a descriptor. Without an application it shows a page with the
 environ that an application would see."""
-
 ENVIRONMENT = """environment: PORT serves on all addresses at this port; LISTEN_FDS with LISTEN_PID,
 and NOTIFY_SOCKET, as systemd sets them."""
 
 FOREIGN_OPTIONS = (
-    ("-w --workers", "there are none to count: a process is forked when one is needed; see --max-children"),
-    ("--threads --worker-connections -k --worker-class", "a process is forked when one is needed; see --max-children"),
+    ("-w --workers --threads --worker-connections -k --worker-class", "processes come as needed; see --max-children"),
     ("-p --port --host", "give the address as --bind HOST:PORT"),
     ("--max-requests", "a process ends with its connection; see --connections-per-child"),
     ("-D --daemon --pid", "let the service manager do that"),
@@ -2774,27 +2608,13 @@ def parse_command_line(words: list[str]) -> tuple[str, Options]:
             parser.add_argument(*flags, action="store_true", help=option.help)
             continue
         text = option.help + (" (%(default)s)" if default else "")
-        parser.add_argument(*flags, metavar=option.metavar, type=CONVERTERS[type(default)], default=default, help=text)
+        parser.add_argument(*flags, metavar=option.metavar, type=type(default), default=default, help=text)
     parser.add_argument("--version", action="version", version=PRODUCT)
     for flag, text in FOREIGN_OPTIONS:
         refuse, hide = partial(refuse_option, text), argparse.SUPPRESS
         parser.add_argument(*flag.split(), nargs="?", const="", type=refuse, default=hide, help=hide)
     values = vars(parser.parse_args(words))
     return values.pop("application"), Options(**values)
-
-
-def parse_value(pattern: str, convert: Callable[[str], Any], complaint: str, text: str) -> Any:
-    """Return the value of an option whose text the pattern matches."""
-    if not re.fullmatch(pattern, text):
-        raise argparse.ArgumentTypeError(complaint % text)
-    return convert(text)
-
-
-CONVERTERS: dict[type, Callable[[str], Any]] = {
-    str: str,
-    int: partial(parse_value, "[0-9]+", int, "not a whole number: %r"),
-    float: partial(parse_value, r"[0-9]+(\.[0-9]*)?|\.[0-9]+", float, "not a number of seconds: %r"),
-}
 
 
 def refuse_option(sentence: str, _: str) -> NoReturn:
@@ -2805,11 +2625,10 @@ def refuse_option(sentence: str, _: str) -> NoReturn:
 def check_options(options: Options) -> Options:
     """Return the options with what follows from the environment; StartError if one is not allowed."""
     for (name, option), value in zip(OPTIONS.items(), options):
-        flag = "--" + name.replace("_", "-")
-        if option.allowed and isinstance(value, str) and value not in option.allowed:
-            raise StartError("%s is %r, not one of %s" % (flag, value, ", ".join(option.allowed)), 2)
-        if option.allowed and not isinstance(value, str) and not option.allowed[0] <= value <= option.allowed[1]:
-            raise StartError("%s must be from %g to %g" % (flag, *option.allowed), 2)
+        allowed, is_word = option.allowed, isinstance(value, str)
+        if allowed and not (value in allowed if is_word else allowed[0] <= value <= allowed[1]):
+            wanted = "one of " + ", ".join(allowed) if is_word else "from %g to %g" % allowed
+            raise StartError("--%s is %s: it must be %s" % (name.replace("_", "-"), value, wanted), 2)
     port = os.environ.get("PORT")
     return options._replace(bind=options.bind or (":" + port if port else "127.0.0.1:8000"))
 
@@ -2824,7 +2643,7 @@ def start(load: Callable[[], Application], options: Options) -> None:
     # Step 1: what needs no socket.
     options = check_options(options)
     open_standard_files()
-    if options.check or is_check():
+    if options.check or os.environ.get("WEBSERVER_CHECK") == str(os.getpid()):
         application = load()
         if options.check:
             print("the application loads: %r" % (application,))
@@ -2834,25 +2653,22 @@ def start(load: Callable[[], Application], options: Options) -> None:
     # Step 2: the sockets, opened or kept in a reload, and then no more privileges.
     kept = find_kept()
     options = options._replace(bind=find_inherited_address() or options.bind)
-    sock = socket.socket(fileno=kept.listener) if kept else open_listener(options.bind)
-    listener = Listener(sock, options.bind)
-    mailbox = Channel(*(socket.socket(fileno=fd) for fd in kept[1:3])) if kept else make_channel()
+    listener = Listener(socket.socket(fileno=kept[1]) if kept else open_listener(options.bind), options.bind)
+    mailbox = Channel(*(socket.socket(fileno=fd) for fd in kept[2:4])) if kept else make_channel()
     if options.user:
         drop_privileges(options.user)
-    # Step 3: the application. Signals end the process until it is loaded.
+    # Step 3: the application, and the loop. Signals end the process until it is loaded.
     signals = Signals(mailbox.sender)
     try:
-        application = load_guarded(load, signals, kept)
-        # Step 4: the loop.
-        run(application, options, listener, mailbox, signals, kept)
+        run(load_guarded(load, signals, kept), options, listener, mailbox, signals, kept)
     finally:
         signals.release()
 
 
-def load_guarded(load: Callable[[], Application], signals: Signals, kept: Kept | None) -> Application:
+def load_guarded(load: Callable[[], Application], signals: Signals, kept: list[int]) -> Application:
     """Return the application; while it is loaded, a signal to stop ends the process, also as PID 1."""
     signals.receiver = partial(end_loading, signals.pending)
-    signals.watch_forks(lambda: None)
+    signals.detach = lambda: None
     if not kept:
         signals.catch(signal.SIGTERM)
         return load()
@@ -2868,23 +2684,30 @@ def load_guarded(load: Callable[[], Application], signals: Signals, kept: Kept |
 
 
 def run(
-    application: Application, options: Options, listener: Listener, mailbox: Channel, signals: Signals,
-    kept: Kept | None,
-) -> None:  # fmt: skip
+    application: Application, options: Options, listener: Listener, mailbox: Channel, signals: Signals, kept: list[int]
+) -> None:
     """Serve with children, or without, until the server was stopped."""
     signals.receiver = signals.pending.append
     signals.catch(*(signum for signum in SIGNALS if signum != signal.SIGINT or not options.no_fork))
     size = 8 + options.max_children * SLOT_SIZE
-    board = Scoreboard(1) if options.no_fork else Scoreboard(0, kept.board if kept else make_shared_file(size))
+    board = Scoreboard(1) if options.no_fork else Scoreboard(0, kept[0] if kept else make_shared_file(size))
     reactor = Reactor(listener, mailbox, options)
     if kept:  # what was at rest before the reload
-        with socket.socket(fileno=kept.rest_receiver) as receiver, socket.socket(fileno=kept.rest_sender) as sender:
+        with socket.socket(fileno=kept[4]) as receiver, socket.socket(fileno=kept[5]) as sender:
             reactor.take_back(Channel(receiver, sender))
     service = partial(serve_connection, application, options)
-    child = Child(service, listener.family, make_channel(), mailbox, board, options)
+    child = Child(service, listener.family, mailbox, board, options)
     prepare_to_fork()
+
+    def detach() -> None:
+        """Give up what is the server's."""
+        child.detach()
+        reactor.close_copies()
+        for file in (child.queue.sender, mailbox.receiver, reactor.selector):
+            file.close()
+
+    signals.detach = detach
     loop: Any = Solo(child, reactor, signals) if options.no_fork else Parent(child, reactor, signals, options)
-    signals.detach = loop.detach
     if os.geteuid() == 0:
         log_error("running as root: let --user NAME give that up once the address is bound")
     log_error("serving on %s, pid %d" % (describe_address(listener.sock), os.getpid()))
@@ -2900,7 +2723,7 @@ def run(
 
 def exit_at_once(status: int) -> NoReturn:
     """End the process, but wait for no thread that the application has started: it may run for ever."""
-    atexit._run_exitfuncs()
+    run_exit_handlers()
     flush_output()
     os._exit(status)
 
