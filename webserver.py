@@ -394,7 +394,7 @@ class Request(NamedTuple):
 def read_head(stream: Stream, deadline: float | None) -> bytes:
     """Return the next head with its empty line: in the common case by one recv, and without a look at the clock."""
     # ClientSilentError: none begins. HTTPError: it cannot be good, or is not whole by the deadline.
-    if stream.has_more():
+    if stream.start != len(stream.buffer):
         data, start = stream.buffer, stream.start
         stream.buffer, stream.start = b"", 0
     else:
@@ -763,20 +763,24 @@ class Framing(NamedTuple):
     is_ended_by_close: bool  # only that tells the client that the body is complete
 
 
+UNREAD = Request()
+
+
 class Response:
     """Owns the response to one request: its head until the first block, and how much of its body was sent."""
 
-    request = Request()
-    body: Body | None = None  # of the request
-    head: ResponseHead | None = None  # what start_response was told
-    framing: Framing | None = None  # once the head is sent
-    sent = 0  # bytes of the body
-    is_closing = False  # by what the request, or the server, wants
-    drops_blocks = False  # the rest of what the application gives: there is no body, or it is too long
-    is_complete = False
+    __slots__ = ("body", "drops_blocks", "framing", "head", "is_closing", "is_complete", "request", "sent", "stream")
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
+        self.request = UNREAD
+        self.body: Body | None = None  # of the request
+        self.head: ResponseHead | None = None  # what start_response was told
+        self.framing: Framing | None = None  # once the head is sent
+        self.sent = 0  # bytes of the body
+        self.is_closing = False  # by what the request, or the server, wants
+        self.drops_blocks = False  # the rest of what the application gives: there is no body, or it is too long
+        self.is_complete = False
 
     def write(self, block: bytes) -> None:
         """Send a block of the body (PEP 3333, "The write() Callable")."""
@@ -958,7 +962,7 @@ def serve_connection(
         environ = make_connection_environ(sock, address, not options.no_fork)
         while serve_request(application, options, stream, environ, deadline):
             deadline = None
-            if not (slot.may_wait() or stream.has_more()):
+            if not slot.may_wait() and not stream.has_more():
                 return True
         sock.shutdown(socket.SHUT_WR)  # the end for the client, also if a process of the application holds a copy
     except ClientSilentError:
@@ -1267,7 +1271,7 @@ def describe_address(listener: socket.socket) -> str:
 # state and time are one aligned double, so that nobody reads one without the other. A store costs 50 ns.
 
 STOPPING, PRESSED, WANTED = 1, 2, 4  # orders: responses close; requests wait and no child is to be had; one is forked
-TEXTS = struct.Struct("=44s196s")  # the client, and the request-line
+RECORD = struct.Struct("=q44s196s")  # how many requests, the client, and the request-line
 give_way = getattr(os, "sched_yield", lambda: None)  # sched_yield(2), which not every system has
 SLOT_SIZE = 36 * 8  # six numbers and the texts; small, so that the first slots share one page of memory
 
@@ -1313,7 +1317,7 @@ class Scoreboard:
 
     def read_text(self, slot: int, number: int) -> str:
         """Return the client (0) or the request-line (1) of the child in the slot, as it may be printed."""
-        text: bytes = TEXTS.unpack_from(self.memory, 56 + slot * SLOT_SIZE)[number]
+        text: bytes = RECORD.unpack_from(self.memory, 48 + slot * SLOT_SIZE)[number + 1]
         return escape(text.rstrip(b"\0").decode("latin-1"))
 
     def describe(self, slot: int) -> str:
@@ -1326,10 +1330,13 @@ class Scoreboard:
 class Slot:
     """Owns a place on the scoreboard, in which the process that serves says what it does."""
 
-    __slots__ = "board", "client", "index", "is_one_of_many", "leave_by", "orders", "parent", "pid", "requests", "since"
+    __slots__ = (
+        "board", "client", "index", "is_one_of_many", "is_orphan", "leave_by", "looked_at", "orders", "parent", "pid",
+        "requests", "since",
+    )  # fmt: skip
 
     def __init__(self, board: Scoreboard, is_one_of_many: bool = True) -> None:
-        self.client, self.requests = b"", 0
+        self.client, self.requests, self.looked_at, self.is_orphan = b"", 0, 0.0, False
         self.is_one_of_many = is_one_of_many  # processes: else all other clients wait for this one
         self.attach(board, 0)
 
@@ -1357,10 +1364,9 @@ class Slot:
 
     def mark_busy(self, line: bytes) -> float:
         """A request is in hand; return the time."""
-        index, board = self.index, self.board
-        self.requests = board.requests[index] = self.requests + 1
-        TEXTS.pack_into(board.memory, 56 + index * SLOT_SIZE, self.client, line)
-        now = self.since[index] = time.monotonic()
+        self.requests += 1
+        RECORD.pack_into(self.board.memory, 48 + self.index * SLOT_SIZE, self.requests, self.client, line)
+        now = self.since[self.index] = time.monotonic()
         return now
 
     def mark_progress(self) -> float:
@@ -1390,10 +1396,12 @@ class Slot:
 
     def may_wait(self) -> bool:
         """Return whether the next request may be waited for; give way where the parent needs the processor to fork."""
-        orders = self.orders[0]
+        orders, now = self.orders[0], self.since[self.index]
         if orders & WANTED:
             give_way()  # it competes with all busy children, and newcomers wait for it
-        return self.is_one_of_many and not (orders & PRESSED or self.is_retiring())
+        if now > self.looked_at + TICK:  # to ask the kernel after each request would cost 3 %
+            self.looked_at, self.is_orphan = now, os.getppid() != self.parent
+        return self.is_one_of_many and not (orders & PRESSED or self.leave_by[self.index] or self.is_orphan)
 
 
 # ---- 12. Child --------------------------------------------------------------
