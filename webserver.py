@@ -226,7 +226,7 @@ class Stream:
         self.sock, self.slot, self.timeout = sock, slot, timeout
         self.buffer, self.start = b"", 0  # what was received, and where the part begins that is not consumed
         self.previous_head = b""  # clients repeat their heads
-        self.pace = Pace()
+        self.pace: Pace | None = None  # of the request in hand, once its client was waited for
 
     def has_more(self) -> bool:
         """Return whether bytes are here that were not consumed."""
@@ -235,8 +235,7 @@ class Stream:
     def receive_at_rest(self) -> bytes:
         """Return the first bytes of a request; ClientSilentError if none come for a second."""
         self.slot.mark_silent()
-        if self.pace.seconds:
-            self.pace = Pace()  # each request is measured by itself
+        self.pace = None
         try:
             received = self.sock.recv(RECEIVE_SIZE)
         except BlockingIOError:
@@ -260,6 +259,7 @@ class Stream:
             except OSError as error:
                 raise ClientGoneError(0) from error
         count = received if isinstance(received, int) else len(received)
+        self.pace = self.pace or Pace()
         self.pace.add(self.slot.mark_progress() - began, count, self.slot.is_pressed())
         return received
 
@@ -308,7 +308,8 @@ class Stream:
         """Send what was not taken at once, as long as the client goes on taking."""
         # That is seen by what it has acknowledged (SIOCOUTQ, tcp(7)): send(2) itself blocks until a third of a large
         # buffer is free, which a slow client needs more than a second for.
-        owed, deadline = count_unacknowledged(self.sock), time.monotonic() + self.timeout
+        owed, deadline, pace = count_unacknowledged(self.sock), time.monotonic() + self.timeout, self.pace or Pace()
+        self.pace = pace
         while rest:
             began, sent, owed_before = self.slot.mark_silent(), 0, owed
             with suppress(BlockingIOError):
@@ -319,7 +320,7 @@ class Stream:
                 deadline = now + self.timeout
             elif now >= deadline:
                 raise ClientSilentError
-            self.pace.add(now - began, taken, self.slot.is_pressed())
+            pace.add(now - began, taken, self.slot.is_pressed())
 
     def linger(self) -> None:
         """End our side, then drop what still comes: to close with bytes unread resets the answer (RFC 9112 §9.6)."""
