@@ -4283,6 +4283,21 @@ def test_refuses_options_out_of_bounds_from_python(name: str, value: Any) -> Non
     assert raised.value.status == 2
 
 
+def test_serve_outside_the_main_thread_is_one_clear_sentence() -> None:
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            webserver.serve(hello, bind="127.0.0.1:%d" % free_port())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(PATIENCE)
+    assert [type(error) for error in errors] == [webserver.StartError] and "main thread" in str(errors[0])
+
+
 def test_importing_has_no_effect(tmp_path: Any) -> None:
     code = """\
     import atexit, os, signal, sys, threading

@@ -1830,7 +1830,8 @@ class Signals:
 
     def release(self) -> None:
         """Set the handlers as they were."""
-        signal.set_wakeup_fd(-1)
+        if self.handlers:  # else nothing was caught, perhaps since this is not the main thread
+            signal.set_wakeup_fd(-1)
         for signum, handler in self.handlers.items():
             if signal.getsignal(signum) in (self.on_signal, signal.SIG_IGN):
                 signal.signal(signum, handler or signal.SIG_DFL)
@@ -2131,7 +2132,7 @@ def enforce_deadlines(now: float, timeout: float, board: Scoreboard, told: dict[
 def kill_all(pids: list[int]) -> None:
     """End children that have had their time to finish."""
     if pids:
-        log_error("children that have not finished and are killed: %d" % len(pids))
+        log_throttled("children that have not finished and are killed: %d" % len(pids))
     for pid in pids:
         send_signal(pid, signal.SIGKILL)
 
@@ -2184,6 +2185,8 @@ class Solo:
             self.reactor.expire(time.monotonic())
         log_error("stopping")
         self.reactor.listener.close()
+        while self.reactor.close_longest_at_rest():
+            pass
 
 
 # ---- Part three: what production adds ---------------------------------------
@@ -2697,7 +2700,8 @@ def run(
 ) -> None:
     """Serve with children, or without, until the server was stopped."""
     signals.receiver = signals.pending.append
-    signals.catch(*(signum for signum in SIGNALS if signum != signal.SIGINT or not options.no_fork))
+    left = (signal.SIGINT, signal.SIGHUP) if options.no_fork else ()  # to the debugger, and to end with the terminal
+    signals.catch(*(signum for signum in SIGNALS if signum not in left))
     size = 8 + options.max_children * SLOT_SIZE
     board = Scoreboard(1) if options.no_fork else Scoreboard(0, kept[0] if kept else make_shared_file(size))
     reactor = Reactor(listener, mailbox, options)
