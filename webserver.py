@@ -1988,7 +1988,7 @@ class Parent:
 
     def run(self) -> None:
         """Serve until the server was stopped and the last child was reaped."""
-        while not self.stopping or self.children or self.reactor.listener.is_open() or self.reactor.ready:
+        while not self.stopping or self.children or self.has_requests() or self.reactor.listener.is_open():
             now, spare = time.monotonic(), self.queue.count_spare()
             # Step 1: requests go into the queue, one for each child that is there or may be forked.
             if self.reactor.ready:
@@ -2005,6 +2005,10 @@ class Parent:
             # Step 5: do what is due.
             if (now := time.monotonic()) >= self.tick_at:
                 self.watch(now)
+
+    def has_requests(self) -> bool:
+        """Return whether requests wait, here or in the queue."""
+        return bool(self.reactor.ready) or self.queue.count_spare() < 0
 
     def keep_spare(self, now: float, spare: int) -> float:
         """Fork a child a little after the last spare one got work, at once if a request waits; return when to look."""
