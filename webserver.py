@@ -1873,7 +1873,7 @@ class Queue:
         self.put_in = 0  # requests
         self.taken_by_dead = -sum(board.taken)  # of these, by children that have ended; the others count for themselves
         self.fair_at = self.pressed_until = 0.0  # when the order is looked at again, and the pressure is over
-        self.least_spare = 0  # since the last TICK
+        self.least_spare = self.uncounted = 0  # spare children since the last TICK; requests taken, but not counted
         self.idle: set[int] = set()  # slots of children that waited at the last TICK although requests did
 
     def fill(self, reactor: Reactor, now: float, free: int) -> int:
@@ -1919,7 +1919,9 @@ class Queue:
             self.idle = waiting
             return
         self.idle = set()
-        self.taken_by_dead += self.put_in - self.count_taken()  # one may have died before it could count
+        uncounted = self.put_in - self.count_taken()  # taken this moment, or by a child that has died before it counted
+        self.taken_by_dead += min(uncounted, self.uncounted)
+        self.uncounted = uncounted
         with suppress(OSError):
             for _ in range(self.least_spare - 1):
                 self.channel.send(b"leave")
