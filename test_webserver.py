@@ -4090,6 +4090,110 @@ def test_serves_on_an_inherited_descriptor(tmp_path: Any, listening: bool) -> No
             assert ask_at(listener.getsockname()).status == 200
 
 
+# Loads at its first request what it keeps, and can be told to leave something open.
+LAZY = """
+    import os, socket, threading, time
+    loaded, kept = [], []
+
+    def app(environ, start_response):
+        path = environ["PATH_INFO"]
+        if not loaded:
+            loaded.append(os.getpid())
+        if path == "/fail":
+            1 // 0
+        if path == "/connect":
+            kept.append(socket.create_connection(("127.0.0.1", int(environ["QUERY_STRING"]))))
+        if path == "/thread":
+            kept.append(threading.Thread(target=time.sleep, args=(60,), daemon=True, name="pump"))
+            kept[-1].start()
+        if path == "/moment":
+            threading.Thread(target=time.sleep, args=(0.2,)).start()
+        if path == "/hang":
+            time.sleep(60)
+        start_response("404 Not Found" if path == "/no" else "200 OK", [])
+        yield b"%s %d" % (environ["HTTP_HOST"].encode(), loaded[0])
+        if path == "/large":
+            yield b"x" * 10_000_000
+"""
+
+
+def test_a_warm_up_is_done_once_for_all_processes(tmp_path: Any) -> None:
+    """What an application loads at its first request is loaded by the parent, before the first fork."""
+    words = [word for path in ("/large", "/moment", "/no", "http://example.com/x") for word in ("--warm-up", path)]
+    with Running(tmp_path, *words, app=LAZY) as server:
+        log = server.errors()
+        for path, status in (("/large", 200), ("/moment", 200), ("/no", 404), ("http://example.com/x", 200)):
+            assert re.search(r"warmed up: GET %s %d in \d+ ms" % (path, status), log)
+        assert log.index("warmed up") < log.index("serving on") and server.output() == ""
+        for _ in range(2):
+            assert server.get().body == b"127.0.0.1:%d %d" % (server.port, server.pid)
+
+
+def test_a_warm_up_is_repeated_by_a_reload_and_by_its_check(tmp_path: Any) -> None:
+    with Running(tmp_path, "--warm-up", "/", app=LAZY) as server:
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: server.errors().count("serving on") == 2, "the reload")
+        assert server.errors().count("warmed up") == 3 and server.get().body.endswith(b" %d" % server.pid)
+        write_file(str(tmp_path / "app.py"), LAZY.replace('"/fail"', '"/"'))
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for_log("the new code does not load")
+        assert "ZeroDivisionError" in server.errors() and server.get().status == 200
+
+
+WARM_UPS_THAT_FAIL = [  # the path, what stderr must hold
+    ("/fail", ["ZeroDivisionError", "GET /fail was answered 500"]),
+    ("/hang", ["time.sleep(60)", "GET /hang was answered 504"]),
+    ("/connect?PORT", ["GET /connect?PORT left a connection to 127.0.0.1:PORT open", "another path"]),
+    ("/thread", ["GET /thread left a thread running", "pump"]),
+]
+
+
+@pytest.mark.parametrize("path, holds", WARM_UPS_THAT_FAIL, ids=[row[0] for row in WARM_UPS_THAT_FAIL])
+def test_a_warm_up_that_fails_or_leaves_something_open_ends_the_start(tmp_path: Any, path: str, holds: Any) -> None:
+    write_file(str(tmp_path / "app.py"), LAZY)
+    with socket.create_server(("127.0.0.1", 0)) as peer:
+        port = str(peer.getsockname()[1])
+        words = ["--timeout", "0.5", "--bind", "unix:socket", "--warm-up", path.replace("PORT", port), "app:app"]
+        for extra in ([], ["--check"]):
+            ended = run_command(tmp_path, *words, *extra)
+            assert ended.returncode == 1 and ended.stdout == "", ended.stderr
+            assert all(word.replace("PORT", port) in ended.stderr for word in holds), ended.stderr
+            assert "serving on" not in ended.stderr and not (tmp_path / "socket").exists()
+
+
+def test_what_is_opened_before_the_fork_is_named(tmp_path: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as peer:
+        port = peer.getsockname()[1]
+        code = ANSWERS % "ok" + "    import socket, threading, time\n    pair = socket.socketpair()\n"
+        code += "    kept = socket.create_connection(('127.0.0.1', %d))\n" % port
+        code += "    threading.Thread(target=time.sleep, args=(60,), daemon=True, name='pump').start()\n"
+        with Running(tmp_path, app=code) as server:
+            log = server.errors()
+            assert "the application has opened a connection to 127.0.0.1:%d while" % port in log
+            assert log.count("opened a connection") == 1 and re.search("threads.*pump", log)
+            assert server.get().body == b"ok"
+
+
+def test_nothing_is_said_of_a_clean_application(tmp_path: Any) -> None:
+    with Running(tmp_path, app=ANSWERS % "ok") as server:
+        assert not re.search("the application has|warmed up", server.errors())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts what is mapped only on Linux")
+def test_a_limit_of_memory_ends_the_request_that_exceeds_it(tmp_path: Any) -> None:
+    """A process that eats memory touches one connection and no other."""
+    with Running(tmp_path, "--limit-memory", "100M", app=RUNS_QUERY) as server:
+        with server.send(HELD) as busy:
+            server.wait_held()
+            answer = server.get(make_target("x = bytearray(500_000_000)"))
+            assert answer.status == 500 and b"memory" in answer.body
+            assert server.get(make_target("x = bytearray(50_000_000)")).status == 200
+            server.go()
+            assert read_answer(busy).status == 200
+        assert "MemoryError" in server.errors()
+        assert '500' in server.output() and "--limit-memory" in server.output()
+
+
 MODULES = {
     "good": "def application(e, s): s('200 OK', []); return [b'application']\ndef other(e, s): pass\nnumber = 7",
     "short": "def app(e, s): s('200 OK', []); return [b'app']",
@@ -4103,6 +4207,14 @@ MODULES = {
     "needs": "import a_dependency_that_is_not_there\napp = 1",
     "fails": "def helper():\n    raise RuntimeError('the fault of the user')\nhelper()",
     "factory": "def make():\n    return 1 // 0",
+    "kinds": "async def coroutine(scope, receive, send): pass\n"
+             "class Async:\n    async def __call__(self, scope, receive, send): pass\nasgi = Async()\n"
+             "def create(): return good\ndef with_settings(settings): return good\ndef view(request): return 'x'\n"
+             "def good(e, s): s('200 OK', []); return [b'good']\n"
+             "class Site:\n    def __call__(self, e, s): return good(e, s)\n"
+             "class Response:\n    def __init__(self, e, s): s('200 OK', [])\n    def __iter__(self): yield b'class'\n"
+             "import functools\n@functools.wraps(view)\ndef wrapped(*arguments): return good(*arguments)\n"
+             "part = functools.partial(lambda x, e, s: good(e, s), 1)\nmethod = Site().__call__",
     "leaves": "import sys\nsys.exit('bye')",
 }  # fmt: skip
 
@@ -4126,8 +4238,17 @@ MISTAKES = [  # the words, the exit status, what the one line on stderr must hol
     ("deep.site", 1, ["deep.site", "app", "make"]),
     ("good:number", 1, ["number", "callable"]),
     ("deep.site:none()", 1, ["none", "callable"]),
-    ("good.py", 2, ["good", "write module:app"]),
-    ("./good.py:application", (1, 2), ["good"]),
+    ("good.py", 2, ["'good.py'", "write good:app"]),
+    ("./good.py:application", 2, ["write good:application"]),
+    ("path/to/good.py:app", 2, ["cd path/to", "write good:app"]),
+    ("my-site:app", 2, ["'my-site:app'", "write module:app"]),
+    ("good.application", 1, ["no module 'good.application'", "write good:application"]),
+    ("kinds:coroutine", 1, ["kinds:coroutine is an ASGI application"]),
+    ("--check kinds:asgi", 1, ["kinds:asgi is an ASGI application"]),
+    ("kinds:create", 1, ["(environ, start_response)", "write kinds:create()"]),
+    ("kinds:with_settings()", 1, ["kinds:with_settings() needs arguments"]),
+    ("--check kinds:view", 1, ["kinds:view cannot be called with (environ, start_response)"]),
+    ("kinds:Site", 1, ["kinds:Site is a class", "write kinds:Site()"]),
     ("good:", (1, 2), ["good"]),
     (":app", (1, 2), [":app"]),
     ("-b 127.0.0.1:TAKEN good", 1, ["in use", "TAKEN"]),
@@ -4147,7 +4268,20 @@ MISTAKES = [  # the words, the exit status, what the one line on stderr must hol
     ("--workers 4 good", 2, ["--workers", "--max-children"]),
     ("-w 4 good", 2, ["-w", "--max-children"]),
     ("--threads 4 good", 2, ["--threads"]),
-    ("--unknown good", 2, ["--unknown"]),
+    ("--unknown good", 2, ["--unknown is unknown"]),
+    ("--unknown=good good", 2, ["--unknown is unknown"]),
+    ("--access-logfile - good", 2, ["--access-logfile: ", "stdout"]),
+    ("--log-level debug good", 2, ["--log-level: ", "stderr"]),
+    ("--chdir /srv good", 2, ["--chdir: ", "cd"]),
+    ("--env-file .env good", 2, ["--env-file: ", "env NAME=value"]),
+    ("--factory good", 2, ["--factory: ", "module:factory()"]),
+    ("--preload good", 2, ["--preload: ", "--warm-up"]),
+    ("--uds s good", 2, ["--uds: ", "unix:PATH"]),
+    ("--keepalive 5 good", 2, ["--keepalive: ", "--keep-alive"]),
+    ("--reload-dir src good", 2, ["--reload-dir: "]),
+    ("--limit-request-body 5X good", 2, ["'5X'", "100M"]),
+    ("--warm-up login good", 2, ["--warm-up is 'login'", "/login"]),
+    ("--warm-up /a#b good", 2, ["--warm-up is"]),
     ("-D", 2, ["service manager"]),
     ("-D good", 2, ["service manager"]),
     ("--daemon good", 2, ["service manager"]),
@@ -4179,10 +4313,26 @@ def test_a_mistake_is_one_clear_sentence(modules: str, words: str, status: Any, 
     assert all(word.replace("TAKEN", port) in ended.stderr for word in holds), ended.stderr
 
 
+def test_options_may_come_from_the_environment(modules: str) -> None:
+    words = "--check --access-log 'json' --limit-request-body 2k"
+    ended = run_command(modules, "--access-log", "off", "good", WEBSERVER_OPTIONS=words)
+    assert (ended.returncode, ended.stderr) == (0, "") and "the application loads" in ended.stdout
+    ended = run_command(modules, "good", WEBSERVER_OPTIONS="--bind 'x")
+    assert ended.returncode == 2 and "WEBSERVER_OPTIONS" in ended.stderr and ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("words, value", [("7", 7), ("5k", 5 << 10), ("3M", 3 << 20), ("2G", 2 << 30), ("0", 0)])
+def test_a_size_may_have_a_suffix(words: str, value: int) -> None:
+    for name in ("limit_request_body", "limit_memory", "buffer_chunked"):
+        option = "--" + name.replace("_", "-")
+        _, options = webserver.parse_command_line([option, words])
+        assert getattr(options, name) == value
+
+
 @pytest.mark.parametrize("port", ["99999", "http", "-1"])
 def test_a_bad_port_in_the_environment_is_one_clear_sentence(modules: str, port: str) -> None:
     ended = run_command(modules, "good", PORT=port)
-    assert ended.returncode in (1, 2) and "PORT" in ended.stderr and ended.stderr.count("\n") == 1
+    assert ended.returncode == 2 and "PORT is '%s'" % port in ended.stderr and ended.stderr.count("\n") == 1
 
 
 def test_a_port_without_permission_is_one_clear_sentence(modules: str) -> None:
@@ -4208,6 +4358,8 @@ def test_a_fault_of_the_user_shows_his_traceback_without_our_frames(modules: str
 
 NAMES = [("good", b"application"), ("short", b"app"), ("both", b"application"), ("both:app", b"app"),
          ("deep.site:site", b"deep"), ("deep.site:make()", b"deep"), ("deep.site:Site()", b"deep"),
+         ("kinds:create()", b"good"), ("kinds:Response", b"class"), ("kinds:Site()", b"good"), ("kinds:part", b"good"),
+         ("kinds:method", b"good"), ("kinds:wrapped", b"good"),
          ("deep.site:Site.inner.web", b"deep"), ("wsgiref.simple_server:demo_app", b"Hello world!")]  # fmt: skip
 
 

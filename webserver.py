@@ -47,7 +47,7 @@ from collections import Counter, deque
 from contextlib import suppress
 from functools import lru_cache, partial
 from _thread import get_ident
-from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, NoReturn
+from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, NoReturn, Sequence
 
 if not hasattr(os, "fork"):
     raise SystemExit("webserver.py needs a POSIX system: this one has no fork")
@@ -78,6 +78,9 @@ class Options(NamedTuple):
     drain_delay: float = 0.0
     connections_per_child: int = 1
     limit_request_body: int = 1 << 30
+    limit_memory: int = 0
+    buffer_chunked: int = 1 << 20
+    warm_up: Sequence[str] = ()
     user: str = ""
     access_log: str = "combined"
     reload: bool = False
@@ -103,7 +106,10 @@ OPTIONS: dict[str, Option] = {
     "graceful_timeout": Option("S", (0, 1e6), "seconds for the requests in hand when the server stops or reloads"),
     "drain_delay": Option("S", (0, 1e6), "seconds to go on accepting once the server is to stop (0)"),
     "connections_per_child": Option("N", (0, 1e9), "connections that a process serves, one by one, 0 without end"),
-    "limit_request_body": Option("BYTES", (0, 1e18), "the largest body of a request"),
+    "limit_request_body": Option("BYTES", (0, 1e18), "the largest body of a request, as 512K, 100M or 1G (1G)"),
+    "limit_memory": Option("BYTES", (0, 1e18), "what a process may allocate beyond what it inherits, 0 for any (0)"),
+    "buffer_chunked": Option("BYTES", (0, 1e18), "a chunked body up to this size gets a CONTENT_LENGTH (1M)"),
+    "warm_up": Option("PATH", None, "ask for this path, or URL, before the first fork; may be given several times"),
     "user": Option("NAME[:GROUP]", None, "run as this user once the address is bound"),
     "access_log": Option("FORMAT", ("combined", "json", "off"), "combined, json or off, on stdout"),
     "reload": Option("", None, "reload when a source file changes"),
@@ -2361,6 +2367,7 @@ def list_sources() -> dict[str, int]:
 
 SOFT_LIMIT: list[int] = []  # the limit of descriptors before it was raised
 OTHER_DESCRIPTORS = 64  # besides those of connections
+MEMORY_LIMIT: list[int] = []  # of a child's data, what it inherits included
 FINALIZERS: list[Any] = []  # the registry of weakref.finalize, and what is in it before the first fork
 
 
@@ -2381,39 +2388,14 @@ def open_standard_files() -> None:
     faulthandler.enable(2)  # the Python stack of a segfault
 
 
-def prepare_to_fork() -> None:
-    """Leave nothing behind that a fork would double, lose or copy for no use."""
-    if (threading := sys.modules.get("threading")) and threading.active_count() > 1:
-        names = ", ".join(thread.name for thread in threading.enumerate()[1:])
-        log_error("the application has started threads, which no child will have (%s)" % names)
-    flush_output()  # else each child would flush a copy
-    if weakref := sys.modules.get("weakref"):  # `_registry` is private, but nothing else tells whose they are
-        FINALIZERS[:] = weakref.finalize._registry, dict(weakref.finalize._registry)
-    gc.collect()
-    gc.freeze()  # a collection in a child would write to, and so copy, all that it inherited
-
-
-def rehearse() -> None:
-    """Serve some requests to ourselves: what the interpreter learns, all children inherit (a sixth more a second)."""
-    options = Options(access_log="off", connections_per_child=12)
-    service = partial(serve_connection, show_environ, options)
-    child = Child(service, socket.AF_UNIX, make_channel(), Scoreboard(1), options)
-    clients = [socket.socketpair() for _ in range(options.connections_per_child)]
-    for client, server in clients:
-        client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\nConnection: close\r\n\r\n")
-        with suppress(OSError):  # too many descriptors of this user are under way
-            child.queue.send(DEADLINE.pack(0.0), server.fileno())
-    child.queue.sender.shutdown(socket.SHUT_WR)
-    child.serve_connections()
-    channels = [(channel.sender, channel.receiver) for channel in (child.queue, child.mailbox)]
-    for sock in (sock for pair in clients + channels for sock in pair):
-        sock.close()
-
-
 def become_child() -> None:
     """In a new child: take back what is only the parent's."""
     atexit._clear()  # exit handlers run in the process that has registered them; there is no public way
     lower_descriptor_limit()
+    if MEMORY_LIMIT:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT[0], resource.getrlimit(resource.RLIMIT_DATA)[1]))
     try:  # the OOM killer takes the largest, which is the parent: a child counts as half of all memory more (proc(5))
         fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
         os.write(fd, b"500")
@@ -2475,6 +2457,16 @@ def lower_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (SOFT_LIMIT[0], resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 
+def limit_memory(allowed: int) -> None:
+    """Have every child limited to so many bytes beyond what it inherits (getrlimit(2), RLIMIT_DATA); StartError."""
+    try:
+        with open("/proc/self/status", "rb") as file:
+            inherited = int(re.findall(rb"VmData:\s*(\d+) kB", file.read())[0]) * 1024
+    except (OSError, IndexError):
+        raise StartError("--limit-memory needs /proc/self/status of Linux: leave it out here") from None
+    MEMORY_LIMIT[:] = [inherited + allowed]
+
+
 def run_exit_handlers() -> None:
     """Run what was registered in this process: by atexit, weakref.finalize (temporary folders) and multiprocessing."""
     with suppress(Exception, SystemExit):  # whose traceback it has printed
@@ -2516,9 +2508,152 @@ def make_shared_file(size: int) -> int:
     return fd
 
 
-# ---- 17. Application --------------------------------------------------------
+# ---- 17. Before the fork ----------------------------------------------------
+# What all processes inherit: an application that is loaded and warm, and nothing that a fork would double or lose.
+
+REHEARSAL = b"GET %s HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\nConnection: close\r\n\r\n"
+REHEARSALS = 12
+OPENED = {  # by the application, while it was loaded: what a person should know
+    "connection": "has opened a connection to %s while it was loaded; all processes share it, and answers will be mixed"
+    " up: open it in the request, or dispose of the pool after start-up",
+    "thread": "has started threads, which no child will have (%s): start them in the request",
+}
+LEFT = {  # by a warm-up: why the server does not start
+    "connection": "left a connection to %s open, which all processes would share: close it at the end of the request",
+    "thread": "left a thread running, which no process would have (%s): end it with the request",
+}
+
+
+def load_warm(load: Callable[[], Application], options: Options) -> Application:
+    """Load the application, and ask it for what is to be warmed up: no process has to load that again. StartError."""
+    application = load()
+    if options.no_fork:
+        return application  # its process serves to the end
+    for kind, _, name in sorted(find_opened()):
+        log_error("the application " + OPENED[kind] % name)
+    for target in options.warm_up:
+        warm_up(application, options, target)
+    return application
+
+
+def warm_up(application: Application, options: Options, target: str) -> None:
+    """Serve a GET of this path or URL to ourselves; StartError if it fails or leaves something open."""
+    client: Any = Client(REHEARSAL % target.encode())
+    before, began = find_opened(), time.monotonic()
+    handler = signal.signal(signal.SIGALRM, end_warm_up)
+    signal.setitimer(signal.ITIMER_REAL, options.timeout)
+    try:
+        serve_ourselves(application, options, client)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    took = time.monotonic() - began
+    if client.status >= 500:
+        raise StartError("GET %s was answered %d while warming up: see the log above" % (target, client.status))
+    while left := sorted(find_opened() - before):
+        if time.monotonic() > began + took + TICK:
+            kind, _, name = left[0]
+            raise StartError("GET %s %s, or warm up another path" % (target, LEFT[kind] % name))
+        gc.collect()
+        time.sleep(TICK / 20)  # a thread may need a moment to end
+    log_error("warmed up: GET %s %d in %d ms" % (target, client.status, took * 1000))
+
+
+def end_warm_up(*_: Any) -> NoReturn:
+    """Interrupt a warm-up that takes too long."""
+    raise Overdue
+
+
+def rehearse() -> None:
+    """Serve the built-in page to ourselves: what the interpreter learns, all children inherit (5 % fewer faults)."""
+    for _ in range(REHEARSALS):
+        client, server = socket.socketpair()
+        client.sendall(REHEARSAL % b"/")
+        serve_ourselves(show_environ, Options(), socket.SocketType(socket.AF_UNIX, STREAM, 0, server.detach()))
+        client.close()
+
+
+def serve_ourselves(application: Application, options: Options, sock: socket.SocketType) -> None:
+    """Serve the request of a rehearsal."""
+    slot = Slot(Scoreboard(1), is_one_of_many=False)
+    try:
+        serve_connection(application, options._replace(access_log="off"), sock, ("127.0.0.1", 0), slot)
+    finally:
+        if not slot.is_own():
+            exit_at_once(0)  # a process that the application has forked
+
+
+class Client:
+    """Owns the request of a warm-up, and the status that it was answered with. To a Stream it is a socket."""
+
+    def __init__(self, request: bytes) -> None:
+        self.request, self.status = request, 0
+
+    def recv(self, *_: int) -> bytes:
+        """Give the request, and then the end."""
+        request, self.request = self.request, b""
+        return request
+
+    def sendmsg(self, blocks: Sequence[bytes], *_: Any) -> int:
+        """Take the blocks, and drop all but the status."""
+        self.status = self.status or int(bytes(blocks[0][9:12]))
+        return sum(map(len, blocks))
+
+    def send(self, data: bytes, *_: int) -> int:
+        """Take the data."""
+        return self.sendmsg((data,))
+
+    def getsockname(self) -> tuple[str, int]:
+        """Name the server's end."""
+        return "127.0.0.1", 80
+
+    def setsockopt(self, *_: Any) -> None:
+        """Set nothing."""
+
+    shutdown = close = setsockopt
+
+
+def find_opened() -> set[tuple[str, int, str]]:
+    """Return the connections to a named peer and the threads of this process: the kind, the number and the name."""
+    opened = set()
+    with suppress(OSError):  # there is no /dev/fd
+        for fd in sorted(map(int, os.listdir("/dev/fd"))):
+            with suppress(OSError):  # it is no socket, or has no peer
+                sock = socket.socket(fileno=fd)
+                try:
+                    peer, is_log = sock.getpeername(), (sock.family, sock.type) == (socket.AF_UNIX, socket.SOCK_DGRAM)
+                finally:
+                    sock.detach()
+                if fd > 2 and peer and not is_log:  # a log may be shared: syslog's, or systemd's at stderr
+                    opened.add(("connection", fd, describe_peer(peer)))
+    if threading := sys.modules.get("threading"):
+        others = set(threading.enumerate()) - {threading.main_thread()}
+        opened |= {("thread", thread.ident, thread.name) for thread in others}
+    return opened
+
+
+def describe_peer(peer: Any) -> str:
+    """Return an address as a person writes it."""
+    if not isinstance(peer, tuple):
+        return "unix:%s" % (peer if isinstance(peer, str) else peer.decode("latin-1"))
+    return ("[%s]:%s" if ":" in str(peer[0]) else "%s:%s") % peer[:2]
+
+
+def prepare_to_fork(options: Options) -> None:
+    """Leave nothing behind that a fork would double, lose or copy for no use."""
+    if options.limit_memory:
+        limit_memory(options.limit_memory)
+    flush_output()  # else each child would flush a copy
+    if weakref := sys.modules.get("weakref"):  # `_registry` is private, but nothing else tells whose they are
+        FINALIZERS[:] = weakref.finalize._registry, dict(weakref.finalize._registry)
+    gc.collect()
+    gc.freeze()  # a collection in a child would write to, and so copy, all that it inherited
+
+
+# ---- 18. Application --------------------------------------------------------
 # A name -> a callable; and the application that is served when none is named.
 
+IS_ASYNC = 0x80 | 0x200  # inspect.CO_COROUTINE, CO_ASYNC_GENERATOR
 PAGE = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>It works</title>
 <style>
@@ -2535,28 +2670,43 @@ td { overflow-wrap: anywhere } tr { border-top: 1px solid #ddd }
 
 
 def load_application(name: str) -> Application:
-    """Return the application of a name such as `module:app`, `package.module` or `module:make_app()`."""
+    """Return the application of a name such as `module:app`, `package.module` or `module:make_app()`; StartError."""
     import importlib
 
     module_name, colon, path = name.partition(":")
     if not name:
         return show_environ
     if module_name.endswith(".py") or not all(part.isidentifier() for part in module_name.split(".")):
-        raise StartError("not the name of a module: %r; write module:app, without .py or /" % module_name, 2)
+        folder, file = os.path.split(module_name)
+        module_name = re.sub("[.]py$", "", file) if re.fullmatch(r"(?!\d)\w+([.]py)?", file) else "module"
+        place = "cd %s, and " % folder if folder not in ("", ".") else ""
+        raise StartError("%r is not the name of a module: %swrite %s:%s" % (name, place, module_name, path or "app"), 2)
     try:
         module = importlib.import_module(module_name)
-        return find_application(module, path if colon else "application" if hasattr(module, "application") else "app")
+        path = path if colon else "application" if hasattr(module, "application") else "app"
+        return check_application(find_application(module, path), "%s:%s" % (module_name, path))
     except (Exception, SystemExit) as error:
         if isinstance(error, StartError):
             raise
         if isinstance(error, ModuleNotFoundError) and error.name and (module_name + ".").startswith(error.name + "."):
-            where = module_name, os.getcwd()
-            raise StartError("there is no module %r: looked in %s and the installed ones" % where) from None
+            raise StartError(describe_missing_module(module_name, colon)) from None
         log_exception(error)
         raise StartError("%s does not load: see the traceback above" % name) from None
 
 
-def find_application(module: Any, path: str) -> Application:
+def describe_missing_module(name: str, colon: str) -> str:
+    """Return a sentence that says what may be wrong."""
+    package, _, attribute = name.rpartition(".")
+    if package and not colon:
+        return "there is no module %r: if %r is the application in %r, write %s:%s" % (
+            name, attribute, package, package, attribute,
+        )  # fmt: skip
+    if not os.access(os.getcwd(), os.R_OK | os.X_OK):
+        return "there is no module %r: this user may not read %s, where it is looked for" % (name, os.getcwd())
+    return "there is no module %r: looked in %s and the installed ones" % (name, os.getcwd())
+
+
+def find_application(module: Any, path: str) -> Any:
     """Return what the dotted path leads to; with `()` at its end, what that returns."""
     found = module
     for attribute in (path[:-2] if path.endswith("()") else path).split("."):
@@ -2564,11 +2714,48 @@ def find_application(module: Any, path: str) -> Application:
             raise StartError("%s has no %r; it has %s" % (module.__name__, attribute, list_callables(module)))
         found = getattr(found, attribute)
     if path.endswith("()") and callable(found):
+        if not accepts(found, 0):
+            raise StartError("%s:%s needs arguments: write a function that needs none" % (module.__name__, path))
         found = found()
     if not callable(found):
         raise StartError("%s:%s is not callable; there are %s" % (module.__name__, path, list_callables(module)))
+    return found
+
+
+def check_application(found: Any, name: str) -> Application:
+    """Return what was found, if it can be called as PEP 3333 demands; StartError says what to do about it."""
+    code = getattr(find_function(found), "__code__", None)
+    if code and code.co_flags & IS_ASYNC:
+        raise StartError("%s is an ASGI application: it needs an ASGI server, such as uvicorn; this speaks WSGI" % name)
+    if isinstance(found, type) and not (accepts(found, 2) and hasattr(found, "__iter__")):
+        raise StartError("%s is a class, but not of responses: name an instance, or write %s()" % (name, name))
+    if not accepts(found, 2):
+        advice = "if it makes the application, write %s()" % name
+        raise StartError("%s cannot be called with (environ, start_response): %s" % (name, advice))
     application: Application = found
     return application
+
+
+def accepts(found: Any, count: int) -> bool:
+    """Return whether a callable takes so many arguments, as far as that can be known."""
+    function = find_function(found)
+    code = None if isinstance(found, type) else getattr(function, "__code__", None)
+    if code and code.co_argcount - hasattr(function, "__self__") == count and not code.co_kwonlyargcount:
+        return True  # the common case goes without an import that every fork would copy
+    import inspect
+
+    try:
+        inspect.signature(found, follow_wrapped=False).bind(*[None] * count)
+    except TypeError:
+        return False
+    except ValueError:
+        pass  # written in C, and says nothing
+    return True
+
+
+def find_function(found: Any) -> Any:
+    """Return the function that is called when an object is."""
+    return found if hasattr(found, "__code__") else found.__call__
 
 
 def list_callables(module: Any) -> str:
@@ -2593,7 +2780,7 @@ def show_environ(environ: Environ, start_response: StartResponse) -> list[bytes]
     return [text.encode("utf-8", "backslashreplace")]
 
 
-# ---- 18. Command line -------------------------------------------------------
+# ---- 19. Command line -------------------------------------------------------
 # Words -> options, an application and a listening socket. Every mistake of the user is one sentence that says what to
 # do; only a fault inside the user's own module shows a traceback, and only the user's part of it.
 
@@ -2602,15 +2789,26 @@ USAGE = """webserver.py [options] [module:app | module:factory()]
 A WSGI server: a request is served by a process of its own, a connection at
 rest costs a descriptor. Without an application it shows a page with the
 environ that an application would see."""
-ENVIRONMENT = """environment: PORT serves on all addresses at this port; LISTEN_FDS with LISTEN_PID,
+ENVIRONMENT = """environment: WEBSERVER_OPTIONS holds options that come before those of the
+command line; PORT serves on all addresses at this port; LISTEN_FDS with LISTEN_PID,
 and NOTIFY_SOCKET, as systemd sets them."""
 
-FOREIGN_OPTIONS = (
+FOREIGN_OPTIONS = (  # of gunicorn, waitress, uvicorn and others, and what does the same here
     ("-w --workers --threads --worker-connections -k --worker-class", "processes come as needed; see --max-children"),
-    ("-p --port --host", "give the address as --bind HOST:PORT"),
-    ("--max-requests", "a process ends with its connection; see --connections-per-child"),
+    ("-p --port --host --listen", "give the address as --bind HOST:PORT"),
+    ("--uds --unix-socket", "give the address as --bind unix:PATH"),
+    ("--max-requests --max-requests-jitter", "a process ends with its connection; see --connections-per-child"),
     ("-D --daemon --pid", "let the service manager do that"),
-)
+    ("--access-logfile --error-logfile --log-file --log-level --log-config --no-access-log --access-logformat",
+     "the logs go to stdout and stderr; see --access-log"),
+    ("--chdir --app-dir --pythonpath", "change to the folder first, with cd, or set PYTHONPATH"),
+    ("--env-file -e --env", "set the environment before the start, as in env NAME=value python3 webserver.py"),
+    ("--factory --call", "write module:factory() for what makes the application"),
+    ("--preload", "the application is always loaded before the fork; see --warm-up"),
+    ("--keepalive --timeout-keep-alive", "see --keep-alive"),
+    ("--reload-dir --reload-extra-file --reload-engine", "--reload watches the folders of all modules in use"),
+    ("--backlog --limit-request-line --limit-request-fields", "that limit is fixed; the README has a table"),
+)  # fmt: skip
 
 
 def parse_command_line(words: list[str]) -> tuple[str, Options]:
@@ -2624,15 +2822,29 @@ def parse_command_line(words: list[str]) -> tuple[str, Options]:
         flags = filter(None, (option.short, "--" + name.replace("_", "-")))
         if isinstance(default, bool):
             parser.add_argument(*flags, action="store_true", help=option.help)
-            continue
-        text = option.help + (" (%(default)s)" if default else "")
-        parser.add_argument(*flags, metavar=option.metavar, type=type(default), default=default, help=text)
+        elif isinstance(default, tuple):
+            parser.add_argument(*flags, metavar=option.metavar, action="append", default=[], help=option.help)
+        else:
+            kind: Any = parse_size if option.metavar == "BYTES" else type(default)
+            text = option.help + (" (%(default)s)" if default and kind is not parse_size else "")
+            parser.add_argument(*flags, metavar=option.metavar, type=kind, default=default, help=text)
     parser.add_argument("--version", action="version", version=PRODUCT)
-    for flag, text in FOREIGN_OPTIONS:
+    for flag, text in ((flag, text) for flags, text in FOREIGN_OPTIONS for flag in flags.split()):
         refuse, hide = partial(refuse_option, text), argparse.SUPPRESS
-        parser.add_argument(*flag.split(), nargs="?", const="", type=refuse, default=hide, help=hide)
-    values = vars(parser.parse_args(words))
+        parser.add_argument(flag, nargs="?", const="", type=refuse, default=hide, help=hide)
+    found, unknown = parser.parse_known_args(words)
+    for word in sorted(unknown, key=lambda word: word[:1] != "-")[:1]:  # an option before what may be its value
+        parser.error("%s is unknown: see --help" % word.partition("=")[0])
+    values = vars(found)
     return values.pop("application"), Options(**values)
+
+
+def parse_size(text: str) -> int:
+    """Return a number of bytes, which may end in K, M or G."""
+    match = re.fullmatch("([0-9]+)([KMG]?)", text, re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError("%r is not a size such as 1048576, 512K, 100M or 1G" % text)
+    return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2].upper()]
 
 
 def refuse_option(sentence: str, _: str) -> NoReturn:
@@ -2647,13 +2859,20 @@ def check_options(options: Options) -> Options:
         if allowed and not (value in allowed if is_word else allowed[0] <= value <= allowed[1]):
             wanted = "one of " + ", ".join(allowed) if is_word else "from %g to %g" % allowed
             raise StartError("--%s is %s: it must be %s" % (name.replace("_", "-"), value, wanted), 2)
-    port = os.environ.get("PORT")
+    for target in options.warm_up:
+        with suppress(HTTPError):
+            parse_request_line(b"GET %s HTTP/1.1" % target.encode("utf-8", "replace"))
+            continue
+        raise StartError("--warm-up is %r: it must be a path, such as /login, or a URL" % target, 2)
+    port = os.environ.get("PORT", "")
+    if port and not (port.isascii() and port.isdigit() and int(port) <= 65535):
+        raise StartError("PORT is %r in the environment: it must be a number up to 65535" % port, 2)
     return options._replace(bind=options.bind or (":" + port if port else "127.0.0.1:8000"))
 
 
 def serve(application: Application, **options: Any) -> None:
     """Serve the application until SIGTERM or SIGINT; the options are the fields of Options. Raises StartError."""
-    start(lambda: application, Options(**options))
+    start(partial(check_application, application, "the application"), Options(**options))
 
 
 def start(load: Callable[[], Application], options: Options) -> None:
@@ -2661,6 +2880,7 @@ def start(load: Callable[[], Application], options: Options) -> None:
     # Step 1: what needs no socket.
     options = check_options(options)
     open_standard_files()
+    load = partial(load_warm, load, options)
     if options.check or os.environ.get("WEBSERVER_CHECK") == str(os.getpid()):
         application = load()
         if options.check:
@@ -2673,14 +2893,17 @@ def start(load: Callable[[], Application], options: Options) -> None:
     options = options._replace(bind=find_inherited_address() or options.bind)
     listener = Listener(socket.socket(fileno=kept[1]) if kept else open_listener(options.bind), options.bind)
     mailbox = Channel(*(socket.socket(fileno=fd) for fd in kept[2:4])) if kept else make_channel()
-    if options.user:
-        drop_privileges(options.user)
-    # Step 3: the application, and the loop. Signals end the process until it is loaded.
     signals = Signals(mailbox.sender)
     try:
+        if options.user:
+            drop_privileges(options.user)
+        # Step 3: the application, and the loop. Signals end the process until it is loaded.
         run(load_guarded(load, signals, kept), options, listener, mailbox, signals, kept)
     finally:
         signals.release()
+        listener.close()
+        for sock in (mailbox.receiver, mailbox.sender):
+            sock.close()
 
 
 def load_guarded(load: Callable[[], Application], signals: Signals, kept: list[int]) -> Application:
@@ -2716,7 +2939,7 @@ def run(
             reactor.take_back(Channel(receiver, sender))
     service = partial(serve_connection, application, options)
     child = Child(service, listener.family, mailbox, board, options)
-    prepare_to_fork()
+    prepare_to_fork(options)
 
     def detach() -> None:
         """Give up what is the server's."""
@@ -2747,11 +2970,24 @@ def exit_at_once(status: int) -> NoReturn:
     os._exit(status)
 
 
+def read_environment() -> list[str]:
+    """Return the words of WEBSERVER_OPTIONS, as a shell would split them; those of the command line come behind."""
+    words = os.environ.get("WEBSERVER_OPTIONS", "")
+    if not words:
+        return []
+    import shlex
+
+    try:
+        return shlex.split(words)
+    except ValueError as error:
+        raise StartError("WEBSERVER_OPTIONS cannot be split into words: %s" % error, 2) from None
+
+
 def main() -> int:
     """Run the command line; return the exit status."""
-    name, options = parse_command_line(sys.argv[1:])
     sys.path.insert(0, os.getcwd())
     try:
+        name, options = parse_command_line(read_environment() + sys.argv[1:])
         start(partial(load_application, name), options)
     except StartError as reason:
         write_line(2, "webserver.py: %s" % reason)
