@@ -3843,6 +3843,22 @@ def test_survives_that_accept_fails(tmp_path: Any) -> None:
         assert server.errors().lower().count("too many open files") < 4
 
 
+def test_another_holder_of_the_listening_socket_cannot_make_accept_block_for_good(tmp_path: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        descriptor, port = listener.fileno(), listener.getsockname()[1]
+        options: dict[str, Any] = {"port": port, "popen": {"pass_fds": [descriptor]}}
+        with Running(tmp_path, app=RUNS_QUERY, bind="fd:%d" % descriptor, **options) as server:
+            listener.setblocking(True)
+
+            def is_quick() -> bool:
+                began = time.monotonic()
+                server.run("")
+                server.run("")
+                return time.monotonic() - began < 0.5
+
+            wait_until(is_quick, "two requests that wait for no clock")
+
+
 # Privileges
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give privileges up")
