@@ -3392,6 +3392,19 @@ def test_a_stop_during_a_reload_is_obeyed(tmp_path: Any) -> None:
         assert server.process.wait(PATIENCE) == 0
 
 
+def test_sighup_during_a_stop_starts_nothing(tmp_path: Any) -> None:
+    with Running(tmp_path, app=RUNS_QUERY) as server, server.send(HELD) as busy:
+        server.wait_held()
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for_log("stopping")
+        server.process.send_signal(signal.SIGHUP)
+        began = time.monotonic()
+        wait_until(lambda: time.monotonic() > began + 1, "what a reload would take")
+        server.go()
+        assert receive_answer(busy).status == 200
+        assert server.process.wait(PATIENCE) == 0 and server.errors().count("serving on") == 1
+
+
 def test_reload_by_itself_soon_after_a_save(tmp_path: Any) -> None:
     indirect = "import helper\n" + textwrap.dedent(ANSWERS % "%s").replace('b"%s"', "helper.text")
     write_file(tmp_path / "helper.py", "text = b'0'")

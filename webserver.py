@@ -1280,12 +1280,12 @@ class Scoreboard:
         """Use the memory of the descriptor, with as many slots as it has for long; without one, memory of its own."""
         self.fd = fd
         self.memory = memoryview(mmap.mmap(fd, 8 + slots * SLOT_SIZE if fd < 0 else 0))
-        slots, stride = len(self.memory) // SLOT_SIZE, SLOT_SIZE // 8
-        doubles, numbers = self.memory.cast("d"), self.memory.cast("q")
+        doubles, numbers, stride = self.memory.cast("d"), self.memory.cast("q"), SLOT_SIZE // 8
         self.orders, self.waiting, self.pids = numbers[:1], numbers[1::stride], numbers[4::stride]
         self.since, self.leave_by = doubles[2::stride], doubles[3::stride]
         self.taken, self.requests = numbers[5::stride], numbers[6::stride]
-        self.used = max((slot + 1 for slot in range(slots) if self.pids[slot]), default=0)
+        self.children = {pid: slot for slot, pid in enumerate(self.pids) if pid}  # a reload leaves some
+        self.used = max(self.children.values(), default=-1) + 1
 
     def order(self, order: int, is_wanted: bool) -> None:
         """Tell all children."""
@@ -1294,9 +1294,8 @@ class Scoreboard:
 
     def retire(self, deadline: float) -> None:
         """Tell the children that there are now to leave, by this time at the latest."""
-        for slot, pid in enumerate(self.pids):
-            if pid:
-                self.leave_by[slot] = min(self.leave_by[slot] or deadline, deadline)
+        for slot in self.children.values():
+            self.leave_by[slot] = min(self.leave_by[slot] or deadline, deadline)
 
     def allot(self) -> int:
         """Return a slot for a child that is to be forked: it counts as waiting from now on."""
@@ -1915,8 +1914,7 @@ class Parent:
         files = child.queue.sender, child.mailbox.receiver, reactor.selector
         self.own_descriptors = (self.board.fd, *(file.fileno() for file in files))  # that no child needs
         self.reload = Reload(options, signals, reactor, self.queue)
-        self.children = {pid: slot for slot, pid in enumerate(self.board.pids) if pid}  # that a reload has left
-        for slot in self.children.values():  # they may have waited for the mailbox while the new code was loaded
+        for slot in self.board.children.values():  # they may have waited for the mailbox while the new code was loaded
             self.board.leave_by[slot] = max(self.board.leave_by[slot], time.monotonic() + CLIENT_SLACK)
         self.most = min(options.max_children, len(self.board.pids))  # a reload keeps the size of the board
         self.cap = self.most  # less, where the system does not allow so many
@@ -1935,7 +1933,7 @@ class Parent:
             now, spare = time.monotonic(), self.queue.count_spare()
             # Step 1: requests go into the queue, one for each child that is there or may be forked.
             if self.reactor.ready:
-                spare -= self.queue.fill(self.reactor, now, self.cap - len(self.children) + spare)
+                spare -= self.queue.fill(self.reactor, now, self.cap - len(self.board.children) + spare)
             # Step 2: one child more than there are requests waits, so that no client has to wait for a fork.
             until = self.keep_spare(now, spare)
             # Step 3: sleep until a client, a child or a signal wants something. Those that are at work come first.
@@ -1953,7 +1951,7 @@ class Parent:
         """Fork a child a little after the last spare one got work, at once if a request waits; return when to look."""
         # A parent that forks while its child answers takes the processor from it. Where children come back for the next
         # connection, a request may wait as long; unless others have been waiting since then.
-        if spare > 0 or len(self.children) >= self.cap or (spare == 0 and self.stop_at):
+        if spare > 0 or len(self.board.children) >= self.cap or (spare == 0 and self.stop_at):
             self.fork_at = None
             self.board.order(WANTED, False)
             return self.tick_at
@@ -1975,12 +1973,12 @@ class Parent:
             pid = self.signals.fork()
         except OSError as error:  # EAGAIN: a limit of processes, ENOMEM
             self.board.clear(slot)
-            self.cap = len(self.children)
+            self.cap = len(self.board.children)
             log_throttled("cannot fork: %s; %d processes are the limit of the system" % (error.strerror, self.cap))
             return
         if pid == 0:
             self.child.run(slot, self.give_up)
-        self.board.pids[slot], self.children[pid] = pid, slot
+        self.board.pids[slot], self.board.children[pid] = pid, slot
         self.totals["forks"] += 1
 
     def give_up(self) -> None:
@@ -2013,7 +2011,7 @@ class Parent:
         with suppress(ChildProcessError):  # there is no child at all
             while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):  # those that there are live
                 self.totals["reaped"] += 1
-                if ended[0] in self.children:
+                if ended[0] in self.board.children:
                     self.record_exit(*ended)
                 else:
                     self.reload.end_check(*ended)
@@ -2022,7 +2020,7 @@ class Parent:
 
     def record_exit(self, pid: int, status: int) -> None:
         """Free the slot of a child that was reaped, and log it if it did not end by itself."""
-        slot = self.children.pop(pid)
+        slot = self.board.children.pop(pid)
         if status:
             self.totals["crashes"] += 1
             log_error("child %d %s while %s" % (pid, describe_end(status), self.board.describe(slot)))
@@ -2063,8 +2061,8 @@ def end_service(now: float, stop_at: float, options: Options, reactor: Reactor, 
         return False
     if reactor.listener.sock.fileno() >= 0:  # it still listens
         reactor.stop_listening()
-    children = sum(map(bool, queue.board.pids))
-    is_busy = reactor.resting or reactor.ready or queue.count_spare() != children
+    children = queue.board.children
+    is_busy = reactor.resting or reactor.ready or queue.count_spare() != len(children)
     if not is_busy or now >= stop_at + min(LAST_CALL, options.graceful_timeout / 2):
         while reactor.close_longest_at_rest():
             pass
@@ -2079,14 +2077,14 @@ def end_service(now: float, stop_at: float, options: Options, reactor: Reactor, 
 def enforce_deadlines(now: float, timeout: float, board: Scoreboard, told: dict[int, tuple[float, float]]) -> int:
     """Interrupt what makes no progress; kill what takes no notice, or should have left. Return how many were new."""
     count = 0
-    for slot, pid in enumerate(board.pids):
+    for pid, slot in board.children.items():
         since = board.since[slot]  # read once: it changes under our eyes
-        if pid and since and now - abs(since) > timeout + (ALARM_SLACK if since > 0 else CLIENT_SLACK):
+        if since and now - abs(since) > timeout + (ALARM_SLACK if since > 0 else CLIENT_SLACK):
             if told.get(slot, (0.0, 0.0))[0] != since:
                 told[slot] = since, now
                 count += 1
             send_signal(pid, signal.SIGKILL if now - told[slot][1] >= KILL_AFTER else signal.SIGALRM)
-    late = [pid for slot, pid in enumerate(board.pids) if pid and 0 < board.leave_by[slot] <= now]
+    late = [pid for pid, slot in board.children.items() if 0 < board.leave_by[slot] <= now]
     if late:
         log_throttled("children that have not finished and are killed: %d" % len(late))
     for pid in late:
@@ -2121,7 +2119,7 @@ def report(queue: Queue, reactor: Reactor, totals: dict[str, int]) -> None:
     """Print who does what to stderr."""
     board, now = queue.board, time.monotonic()
     log_error("%7s %-8s %8s %8s  %s" % ("pid", "state", "age", "requests", "client and request"))
-    for pid, slot in sorted((pid, slot) for slot, pid in enumerate(board.pids) if pid):
+    for pid, slot in sorted(board.children.items()):
         since = board.since[slot]
         state = "busy" if since > 0 else "idle" if since < 0 else "waiting" if board.waiting[slot] else "leaving"
         age, doing = ("%.1f s" % (now - abs(since)), board.describe(slot)) if since else ("-", "")
