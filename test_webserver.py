@@ -3392,6 +3392,19 @@ def test_a_stop_during_a_reload_is_obeyed(tmp_path: Any) -> None:
         assert server.process.wait(PATIENCE) == 0
 
 
+def test_sighup_during_a_stop_starts_nothing(tmp_path: Any) -> None:
+    with Running(tmp_path, app=RUNS_QUERY) as server, server.send(HELD) as busy:
+        server.wait_held()
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for_log("stopping")
+        server.process.send_signal(signal.SIGHUP)
+        began = time.monotonic()
+        wait_until(lambda: time.monotonic() > began + 1, "what a reload would take")
+        server.go()
+        assert receive_answer(busy).status == 200
+        assert server.process.wait(PATIENCE) == 0 and server.errors().count("serving on") == 1
+
+
 def test_reload_by_itself_soon_after_a_save(tmp_path: Any) -> None:
     indirect = "import helper\n" + textwrap.dedent(ANSWERS % "%s").replace('b"%s"', "helper.text")
     write_file(tmp_path / "helper.py", "text = b'0'")
@@ -3841,6 +3854,22 @@ def test_survives_that_accept_fails(tmp_path: Any) -> None:
             assert receive_answer(client).status == 200
         server.run("")
         assert server.errors().lower().count("too many open files") < 4
+
+
+def test_another_holder_of_the_listening_socket_cannot_make_accept_block_for_good(tmp_path: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        descriptor, port = listener.fileno(), listener.getsockname()[1]
+        options: dict[str, Any] = {"port": port, "popen": {"pass_fds": [descriptor]}}
+        with Running(tmp_path, app=RUNS_QUERY, bind="fd:%d" % descriptor, **options) as server:
+            listener.setblocking(True)
+
+            def is_quick() -> bool:
+                began = time.monotonic()
+                server.run("")
+                server.run("")
+                return time.monotonic() - began < 0.5
+
+            wait_until(is_quick, "two requests that wait for no clock")
 
 
 # Privileges

@@ -1134,9 +1134,6 @@ def log_exception(error: BaseException, line: bytes = b"") -> None:
 
 
 # ---- Part two: processes ----------------------------------------------------
-# accept -> rest -> a whole head -> queue -> child: requests -> silence -> rest
-# fork -> receive a connection -> serve -> exit -> reap
-#
 # The parent accepts, and holds the connections that nobody works at. One whose next head is there it puts into the
 # queue; whichever child waits there takes it, and gives it back when the client has been silent for a second. The
 # parent reads no byte of a client and calls no application.
@@ -1146,6 +1143,7 @@ def log_exception(error: BaseException, line: bytes = b"") -> None:
 
 BACKLOG = 1024  # connections that the kernel may hold for us; it caps the number at net.core.somaxconn
 STREAM = int(socket.SOCK_STREAM)  # as a plain number: its enumeration costs each fork some pages
+ADDRESS = re.compile(r"unix:(.+)|fd:([0-9]{1,9})|(\[[^\[\]]+\]|[^\[\]:]*):([0-9]{1,5})", re.ASCII | re.DOTALL)
 ADVICE = {
     errno.EADDRINUSE: "; another program listens there: stop it, or choose another address with --bind",
     errno.EACCES: "; choose a port from 1024 on, or a path that you may write to",
@@ -1160,11 +1158,11 @@ class Listener:
 
     def __init__(self, sock: socket.socket, bind: str) -> None:
         self.sock, self.family, self.is_unix = sock, int(sock.family), sock.family == socket.AF_UNIX
-        self.is_foreign = bind.startswith("fd:")  # somebody else's, who may want it back
+        self.is_foreign = bind.startswith("fd:")  # the service manager may want it back
         self.path = os.path.abspath(bind[5:]) if bind.startswith("unix:") else ""
         self.file = os.stat(self.path) if os.path.exists(self.path) else None
         sock.setblocking(False)
-        set_clock(sock)  # also for accept, should another holder of the socket make it blocking again
+        set_clock(sock)
         if not self.is_unix:  # inherited by each connection, as the clock is (tcp(7))
             # Else a small block waits 40 ms for the acknowledgement of the one before.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -1172,17 +1170,13 @@ class Listener:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, int(HEAD_TIMEOUT))
 
     def accept(self) -> socket.SocketType:
-        """Return the next connection; OSError as from accept(2), BlockingIOError if nobody waits."""
+        """Return the next connection; OSError as from accept(2), BlockingIOError if there is none."""
         # As socket.accept, without its enumerations and methods around the socket: 40 % more connections in a second.
         listener: Any = self.sock  # `_accept` is private to CPython, and the same since 3.0
         sock = socket.SocketType(self.family, STREAM, 0, listener._accept()[0])
         if self.is_unix:
             set_clock(sock)
         return sock
-
-    def is_open(self) -> bool:
-        """Return whether it still listens."""
-        return self.sock.fileno() >= 0
 
     def close(self) -> None:
         """Listen no more, and remove the file, unless another server has put its own there."""
@@ -1200,8 +1194,7 @@ def set_clock(sock: socket.SocketType) -> None:
 
 def find_inherited_address() -> str:
     """Return the address of the socket that a service manager has opened for us, "" if none has (sd_listen_fds(3))."""
-    number, pid = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
-    os.environ.pop("LISTEN_FDNAMES", None)
+    number, pid, _ = (os.environ.pop(name, "") for name in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"))
     if pid != str(os.getpid()):
         return ""
     if number != "1":
@@ -1211,17 +1204,18 @@ def find_inherited_address() -> str:
 
 def open_listener(bind: str) -> socket.socket:
     """Return the listening socket for an address: HOST:PORT, :PORT, unix:PATH or fd:N. StartError if there is none."""
-    kind, _, rest = bind.partition(":")
-    if kind == "unix" and not rest or kind == "fd" and not rest.isdigit():
-        raise StartError("not an address: %r; write unix:PATH or fd:N" % bind, 2)
+    match = ADDRESS.fullmatch(bind)
+    if not match or int(match.group(4) or 0) > 65535:
+        raise StartError("not an address: %r; write HOST:PORT, [::1]:PORT, :PORT, unix:PATH or fd:N" % bind, 2)
+    path, fd, host, port = match.groups()
     try:
-        if kind == "unix":
-            listener = bind_unix(rest)
-        elif kind == "fd":
-            listener = socket.socket(fileno=int(rest))
+        if path:
+            listener = bind_unix(path)
+        elif fd:
+            listener = socket.socket(fileno=int(fd))
             listener.set_inheritable(False)
         else:
-            listener = bind_tcp(bind)
+            listener = bind_tcp(host.strip("[]"), int(port))
         if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             listener.listen(BACKLOG)
     except OSError as error:
@@ -1230,12 +1224,8 @@ def open_listener(bind: str) -> socket.socket:
     return listener
 
 
-def bind_tcp(bind: str) -> socket.socket:
-    """Return a socket bound to HOST:PORT; without a host, to all addresses of both families."""
-    match = re.fullmatch(r"(\[[^\[\]]+\]|[^\[\]:]*):([0-9]{1,5})", bind, re.ASCII)
-    if not match or int(match.group(2)) > 65535:
-        raise StartError("not an address: %r; write HOST:PORT, [::1]:PORT, :PORT, unix:PATH or fd:N" % bind, 2)
-    host, port = match.group(1).strip("[]"), int(match.group(2))
+def bind_tcp(host: str, port: int) -> socket.socket:
+    """Return a socket bound to this address; without a host, to all addresses of both families."""
     is_dual = not host and socket.has_dualstack_ipv6()
     try:
         found = socket.getaddrinfo("::" if is_dual else host or "0.0.0.0", port, type=socket.SOCK_STREAM)
@@ -1246,7 +1236,7 @@ def bind_tcp(bind: str) -> socket.socket:
     # A port where connections of a former server are still in TIME_WAIT is free for us (socket(7)).
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if family == socket.AF_INET6:
-        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if is_dual else 1)
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not is_dual)
     listener.bind(address)
     return listener
 
@@ -1296,22 +1286,26 @@ class Scoreboard:
         """Use the memory of the descriptor, with as many slots as it has for long; without one, memory of its own."""
         self.fd = fd
         self.memory = memoryview(mmap.mmap(fd, 8 + slots * SLOT_SIZE if fd < 0 else 0))
-        slots, stride = len(self.memory) // SLOT_SIZE, SLOT_SIZE // 8
-        doubles, numbers = self.memory.cast("d"), self.memory.cast("q")
+        doubles, numbers, stride = self.memory.cast("d"), self.memory.cast("q"), SLOT_SIZE // 8
         self.orders, self.waiting, self.pids = numbers[:1], numbers[1::stride], numbers[4::stride]
         self.since, self.leave_by = doubles[2::stride], doubles[3::stride]
         self.taken, self.requests = numbers[5::stride], numbers[6::stride]
-        self.free = [slot for slot in range(slots) if not self.pids[slot]][::-1]  # low ones first
-        self.used = slots - len(self.free) and max(slot for slot in range(slots) if self.pids[slot]) + 1
+        self.children = {pid: slot for slot, pid in enumerate(self.pids) if pid}  # a reload leaves some
+        self.used = max(self.children.values(), default=-1) + 1
 
     def order(self, order: int, is_wanted: bool) -> None:
         """Tell all children."""
         if bool(self.orders[0] & order) != is_wanted:
             self.orders[0] ^= order
 
+    def retire(self, deadline: float) -> None:
+        """Tell the children that there are now to leave, by this time at the latest."""
+        for slot in self.children.values():
+            self.leave_by[slot] = min(self.leave_by[slot] or deadline, deadline)
+
     def allot(self) -> int:
         """Return a slot for a child that is to be forked: it counts as waiting from now on."""
-        slot = self.free.pop()
+        slot = self.pids.tolist().index(0)  # a low one
         self.used = max(self.used, slot + 1)
         self.waiting[slot] = 1
         return slot
@@ -1320,7 +1314,6 @@ class Scoreboard:
         """Take back a slot."""
         first = 8 + slot * SLOT_SIZE
         self.memory[first : first + SLOT_SIZE] = bytes(SLOT_SIZE)
-        self.free.append(slot)
 
     def read_text(self, slot: int, number: int) -> str:
         """Return the client (0) or the request-line (1) of the child in the slot, as it may be printed."""
@@ -1345,23 +1338,19 @@ class Slot:
     def __init__(self, board: Scoreboard, is_one_of_many: bool = True) -> None:
         self.client, self.requests, self.looked_at, self.is_orphan = b"", 0, 0.0, False
         self.is_one_of_many = is_one_of_many  # processes: else all other clients wait for this one
-        self.attach(board, 0)
+        self.attach(board, 0, os.getpid())
 
-    def attach(self, board: Scoreboard, index: int) -> None:
-        """Have this place from now on, for this process."""
+    def attach(self, board: Scoreboard, index: int, pid: int) -> None:
+        """Have this place from now on, for the process with this pid."""
         self.board, self.index = board, index
         self.since, self.leave_by, self.orders = board.since, board.leave_by, board.orders
-        self.pid, self.parent = os.getpid(), os.getppid()
+        self.pid, self.parent = pid, os.getppid()
 
-    def mark_waiting(self, is_waiting: bool) -> None:
-        """There is no connection in hand, and the next one is waited for, or not."""
+    def mark_waiting(self, is_waiting: bool, taken: int = 0) -> None:
+        """The next connection is waited for, or not, since so many were taken or none is wanted."""
         self.since[self.index] = 0.0
         self.board.waiting[self.index] = is_waiting
-
-    def mark_taken(self) -> None:
-        """A connection has come."""
-        self.board.waiting[self.index] = 0
-        self.board.taken[self.index] += 1
+        self.board.taken[self.index] += taken
 
     def mark_silent(self) -> float:
         """The client is waited for; return the time."""
@@ -1425,7 +1414,7 @@ DEADLINE, DESCRIPTOR = struct.Struct("d"), struct.Struct("i")
 DONE = b"done"  # the last message of a child
 MAX_DESCRIPTORS = 253  # in one message: SCM_MAX_FD of Linux
 RIGHTS = socket.SOL_SOCKET, socket.SCM_RIGHTS
-CLOSE_ON_EXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+CLOSE_ON_EXEC, CUT_OFF = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0)), int(socket.MSG_CTRUNC)
 
 
 class Channel:
@@ -1441,10 +1430,12 @@ class Channel:
         """Send a message; BlockingIOError if there is no room for it, another OSError if nobody will receive it."""
         self.sender.sendmsg((message,), [(*RIGHTS, b"".join(map(DESCRIPTOR.pack, fds)))] if fds else [])
 
-    def receive(self, flags: int = 0, space: int = socket.CMSG_SPACE(4)) -> tuple[bytes, bytes]:
+    def receive(self, flags: int = 0, space: int = socket.CMSG_SPACE(4)) -> tuple[bytes, list[int]]:
         """Return the next message and its descriptors, b"" at the end; BlockingIOError if none comes in a second."""
-        message, rights, _, _ = self.receiver.recvmsg(64, space, flags | CLOSE_ON_EXEC)
-        return message, rights[0][2] if rights else b""
+        message, rights, flags, _ = self.receiver.recvmsg(64, space, flags | CLOSE_ON_EXEC)
+        if flags & CUT_OFF:  # the kernel has closed the descriptors that this process may not open
+            log_throttled("connections are lost: %s" % os.strerror(errno.EMFILE))
+        return message, [fd for (fd,) in DESCRIPTOR.iter_unpack(rights[0][2])] if rights else []
 
 
 def make_channel() -> Channel:
@@ -1465,9 +1456,7 @@ class Child:
 
     def __init__(self, serve: Service, family: int, mailbox: Channel, board: Scoreboard, options: Options) -> None:
         self.serve_connection, self.family, self.queue, self.mailbox = serve, family, make_channel(), mailbox
-        self.connections = options.connections_per_child
-        self.timeout, self.graceful_timeout = options.timeout, options.graceful_timeout
-        self.slot = Slot(board, is_one_of_many=not options.no_fork)
+        self.options, self.slot = options, Slot(board, is_one_of_many=not options.no_fork)
         self.sock: socket.SocketType | None = None  # the connection in hand
         self.interrupted = 0.0  # since when the wait or the work lasted that was interrupted: once is enough
 
@@ -1476,7 +1465,7 @@ class Child:
         status = 1
         try:
             give_up()
-            self.slot.attach(self.slot.board, index)
+            self.slot.attach(self.slot.board, index, os.getpid())
             self.serve_connections()
             status = 0
         except SystemExit as error:  # of a process that the application has forked
@@ -1489,11 +1478,10 @@ class Child:
 
     def serve_connections(self) -> None:
         """Take connections out of the queue and serve them, as many as this process may."""
-        left = self.connections  # 0 never comes to 0 again
+        left = self.options.connections_per_child  # 0 never comes to 0 again
         while taken := self.receive_connection():
-            sock, deadline = taken
-            if self.serve(sock, deadline):
-                self.give_back(sock)
+            if self.serve(*taken):
+                self.give_back(taken[0])
             left -= 1
             if left == 0:
                 break
@@ -1507,17 +1495,17 @@ class Child:
         """Return the next connection, and by when its head must be complete; None if this child is to leave."""
         while True:
             try:
-                message, rights = self.queue.receive()
+                message, fds = self.queue.receive()
             except BlockingIOError:  # a second has passed
                 if not self.slot.is_retiring():
                     continue
                 return None
             except OSError:  # it was closed: a process that the application has forked
                 return None
-            if not rights:  # asked to leave, or the end of the queue
+            if not fds:  # asked to leave, or the end of the queue
                 return None
-            self.slot.mark_taken()
-            sock = socket.SocketType(self.family, STREAM, 0, DESCRIPTOR.unpack(rights)[0])
+            self.slot.mark_waiting(False, taken=1)
+            sock = socket.SocketType(self.family, STREAM, 0, fds[0])
             if sock.gettimeout() is not None:  # an application has set a default: the clock would mean nothing
                 sock.setblocking(True)
             return sock, DEADLINE.unpack(message)[0]
@@ -1550,10 +1538,10 @@ class Child:
     def on_signal(self, signum: int) -> None:
         """Handle a signal. SIGINT is none of a child's business: a terminal sends it to all, and the parent decides."""
         if signum == signal.SIGTERM:
-            self.slot.leave_by[self.slot.index] = time.monotonic() + self.graceful_timeout
+            self.slot.leave_by[self.slot.index] = time.monotonic() + self.options.graceful_timeout
         elif signum == signal.SIGALRM:
             since = self.slot.since[self.slot.index]
-            if since in (0.0, self.interrupted) or time.monotonic() - abs(since) <= self.timeout:
+            if since in (0.0, self.interrupted) or time.monotonic() - abs(since) <= self.options.timeout:
                 return  # the request was done when the signal came, or was interrupted already
             self.interrupted = since
             # Negative: other signals have kept the wait for the client from ending by itself.
@@ -1561,9 +1549,7 @@ class Child:
 
     def detach(self) -> None:
         """Give up, in a process that the application has forked, what is the server's: it must not answer, too."""
-        pid = self.slot.pid
-        self.slot.attach(Scoreboard(1), 0)
-        self.slot.pid = pid
+        self.slot.attach(Scoreboard(1), 0, self.slot.pid)
         for sock in (self.sock, self.queue.receiver, self.mailbox.sender):
             if sock:
                 sock.close()
@@ -1594,17 +1580,15 @@ def flush_output() -> None:
 PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 ACCEPT_AT_ONCE = 64  # connections, before other events are looked at
 SPACE = socket.CMSG_SPACE(MAX_DESCRIPTORS * DESCRIPTOR.size)
-ACCEPT_PAUSE = 0.25  # seconds until accept(2) is tried again after it has failed
 
 
 class Connection:
     """Owns a connection that nobody works at: its socket, and until when it may rest."""
 
-    __slots__ = ("deadline", "group", "is_resting", "seen", "sock")
+    __slots__ = ("deadline", "group", "seen", "sock")
 
     def __init__(self, sock: socket.SocketType, deadline: float) -> None:
         self.sock, self.deadline = sock, deadline
-        self.is_resting = False  # the selector knows it
         self.seen = 0  # how many bytes of a head are there that is not whole
         self.group: Any = None  # whose connection it is, once that was asked for
 
@@ -1633,32 +1617,32 @@ class Reactor:
     """Owns the connections that no child works at. It lives in the parent."""
 
     def __init__(self, listener: Listener, mailbox: Channel, options: Options) -> None:
-        self.listener, self.mailbox, self.max_connections = listener, mailbox, options.max_connections
-        self.head_timeout, self.keep_alive = min(HEAD_TIMEOUT, options.timeout), options.keep_alive
+        self.listener, self.mailbox, self.options = listener, mailbox, options
+        self.head_timeout = min(HEAD_TIMEOUT, options.timeout)
         self.resting: dict[int, Connection] = {}  # by descriptor, the longest at rest first
         self.ready: deque[Connection] = deque()  # for a child
         self.peeked = memoryview(bytearray(MAX_HEAD + 4))  # enough to see that a head is too large
-        self.accepts_at = 0.0  # when accepting goes on; 0: it does
+        self.is_child_done = False
         self.selector: Any = selectors.DefaultSelector()
         self.selector.register(mailbox.receiver, selectors.EVENT_READ, self.take_back)
         self.selector.register(listener.sock, selectors.EVENT_READ, self.accept)
 
     def wait(self, seconds: float) -> bool:
         """Sleep until something happens, so many seconds at most, and sort it; return whether a child is done."""
-        is_done = False
+        self.is_child_done = False
         for key, _ in self.selector.select(seconds):
             if key.data:
-                is_done |= key.data()  # take_back or accept
+                key.data()  # take_back or accept
             elif connection := self.resting.get(key.fd):  # else it was closed meanwhile, for a newcomer
                 self.look_at(connection)
-        return is_done
+        return self.is_child_done
 
     def accept(self) -> bool:
-        """Accept who waits in the kernel's queue; for want of room, not for a while. Return False."""
+        """Accept who waits in the kernel's queue; return whether there is room for more, else pause."""
         deadline, has_room = time.monotonic() + self.head_timeout, True
         for _ in range(ACCEPT_AT_ONCE):
             try:
-                sock = self.listener.accept()
+                connection = Connection(self.listener.accept(), deadline)
             except (BlockingIOError, ConnectionAbortedError):
                 break  # nobody is left, or somebody has gone again
             except OSError as error:  # EMFILE, ENFILE, ENOBUFS, ENOMEM
@@ -1666,17 +1650,17 @@ class Reactor:
                 has_room = self.close_longest_at_rest()
                 break
             has_room = self.make_room()
-            self.look_at(Connection(sock, deadline))
-        if not (has_room or self.accepts_at):
-            self.accepts_at = time.monotonic() + ACCEPT_PAUSE
-            self.selector.unregister(self.listener.sock)
-        return False
+            self.look_at(connection)
+        if not has_room:
+            with suppress(KeyError):  # it is not watched
+                self.selector.unregister(self.listener.sock)
+        return has_room
 
     def make_room(self) -> bool:
         """Return whether one more connection may be held, if need be in place of the one longest at rest."""
-        if len(self.resting) + len(self.ready) < self.max_connections:
+        if len(self.resting) + len(self.ready) < self.options.max_connections:
             return True
-        log_throttled("%d connections are held (--max-connections)" % self.max_connections)
+        log_throttled("%d connections are held (--max-connections)" % self.options.max_connections)
         return self.close_longest_at_rest()
 
     def close_longest_at_rest(self) -> bool:
@@ -1694,6 +1678,7 @@ class Reactor:
 
     def look_at(self, connection: Connection) -> None:
         """Look at what the client has sent: is it for a child, or does the connection rest?"""
+        seen = connection.seen
         try:
             count = connection.sock.recv_into(self.peeked, 0, PEEK)
         except BlockingIOError:
@@ -1703,22 +1688,20 @@ class Reactor:
             count = 0  # a reset
         if count == 0:
             self.drop(connection)
-        elif self.listener.is_unix or count == connection.seen or (  # woken by the end of what the client sends
-            is_worth_reading(bytes(self.peeked[:count]), connection.seen)
-        ):
+        # As many as before: it was woken by the end of what the client sends.
+        elif self.listener.is_unix or count == seen or is_worth_reading(bytes(self.peeked[:count]), seen):
             self.make_ready(connection)
         else:
             # The selector reports it when more is there (SO_RCVLOWAT, socket(7)); with unix sockets a child must wait.
             connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count + 1)
-            if not connection.seen:  # a head has the head's time, and not more by a byte now and then
+            if not seen:  # a head has the head's time, and not more by a byte now and then
                 connection.deadline = time.monotonic() + self.head_timeout
             connection.seen = count
             self.rest(connection)
 
     def rest(self, connection: Connection) -> None:
         """Hold a connection until bytes come, or its deadline."""
-        if not connection.is_resting:
-            connection.is_resting = True
+        if connection.sock.fileno() not in self.resting:
             self.resting[connection.sock.fileno()] = connection
             self.selector.register(connection.sock, selectors.EVENT_READ)
 
@@ -1731,29 +1714,23 @@ class Reactor:
 
     def forget(self, connection: Connection) -> None:
         """Hold it no more; the selector must be told before the descriptor is closed, since children have copies."""
-        if connection.is_resting:
-            connection.is_resting = False
-            del self.resting[connection.sock.fileno()]
+        if self.resting.pop(connection.sock.fileno(), None):
             self.selector.unregister(connection.sock)
 
-    def take_back(self, channel: Channel | None = None) -> bool:
-        """Receive the connections that are given back, by the mailbox; return whether a child has said it is done."""
-        while True:
-            try:
-                message, rights = (channel or self.mailbox).receive(DONT_WAIT, SPACE)
-            except BlockingIOError:
-                return False
-            if not rights:
-                return message == DONE  # else it is a signal's number
-            for (fd,) in DESCRIPTOR.iter_unpack(rights):
-                deadline = time.monotonic() + max(self.keep_alive - TICK, 0.0)  # it was silent for a TICK
-                self.make_room()
-                self.rest(Connection(socket.SocketType(self.listener.family, STREAM, 0, fd), deadline))
+    def take_back(self, channel: Channel | None = None) -> None:
+        """Receive the connections that are given back, by the mailbox, up to a message of another kind."""
+        deadline = time.monotonic() + max(self.options.keep_alive - TICK, 0.0)  # they were silent for a TICK
+        with suppress(BlockingIOError):
+            while (received := (channel or self.mailbox).receive(DONT_WAIT, SPACE))[1]:
+                for fd in received[1]:
+                    self.make_room()
+                    self.rest(Connection(socket.SocketType(self.listener.family, STREAM, 0, fd), deadline))
+            self.is_child_done |= received[0] == DONE  # else it is a signal's number
 
     def expire(self, now: float) -> None:
         """Close who has been silent too long; a head that has begun is answered 408 by a child."""
-        if 0 < self.accepts_at <= now and self.listener.is_open():
-            self.accepts_at = 0.0
+        with suppress(KeyError, OSError):  # it is watched already, or was closed
+            self.listener.sock.setblocking(False)  # another holder of the socket may have made it block
             self.selector.register(self.listener.sock, selectors.EVENT_READ, self.accept)
         for connection in [c for c in self.resting.values() if now >= c.deadline]:
             (self.make_ready if connection.seen else self.drop)(connection)
@@ -1762,9 +1739,9 @@ class Reactor:
         """Accept who was in the kernel's queue, and nobody else."""
         if not self.listener.is_foreign:
             self.listener.sock.listen(0)
-        while not self.accepts_at and wait_readable(self.listener.sock, 0):
-            self.accept()
-        if not self.accepts_at:
+        while wait_readable(self.listener.sock, 0) and self.accept():
+            pass
+        with suppress(KeyError):  # it is not watched
             self.selector.unregister(self.listener.sock)
         self.listener.close()
 
@@ -1775,12 +1752,6 @@ class Reactor:
             os.close(fd)
         for connection in self.ready:
             os.close(connection.sock.fileno())
-
-    def list_descriptors(self) -> list[int]:
-        """Return the descriptors of all connections, fit to be held by another process."""
-        for connection in [*self.resting.values()]:
-            self.make_ready(connection)
-        return [connection.sock.fileno() for connection in self.ready]
 
 
 # ---- 14. Parent -------------------------------------------------------------
@@ -1799,12 +1770,10 @@ SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.
 class Signals:
     """Owns the signal handlers of the server, and the numbers of the signals that were not handled yet (signal(7)).
 
-    Signals are data: a handler notes the number, a byte in the mailbox ends the sleep, and the loop acts. Where no loop
-    of ours runs, somebody else gets the number at once: `Child.on_signal`, or `end_loading`.
-
-    WARNING: CPython forgets signals that come between fork(2) and the return of os.fork(). What is asked of a child of
-    ours is on the scoreboard. But a process of the application may be terminated as soon as its pid is known: so
-    signals wait around its fork, in a child or in a thread.
+    A handler notes the number, a byte in the mailbox ends the sleep, and the loop acts. Where no loop of ours runs,
+    `Child.on_signal` or `end_loading` gets the number at once. WARNING: CPython forgets signals that come between
+    fork(2) and the return of os.fork(). What is asked of a child of ours is on the scoreboard. But the application may
+    terminate a process of its own as soon as it knows the pid: so signals wait around its fork, in any thread.
     """
 
     def __init__(self, wakeup: socket.socket) -> None:
@@ -1813,10 +1782,9 @@ class Signals:
         self.receiver: Callable[[int], Any] = self.pending.append
         self.handlers: dict[int, Any] = {}  # as they were before
         self.detach: Callable[[], None] | None = None  # what a process has to call that the application has forked
-        self.masks: dict[int, Any] = {}  # by the thread that forks: what was blocked before
+        self.masks: dict[int, Any] = {}  # by the thread in which the application forks: what was blocked before
         self.own_thread = 0  # the thread in which a child of ours is being forked
-        after = {"after_in_parent": self.after_fork, "after_in_child": self.after_fork_in_child}
-        os.register_at_fork(before=self.before_fork, **after)
+        os.register_at_fork(before=self.hold, after_in_parent=self.let_go, after_in_child=self.leave)
 
     def catch(self, *signums: int) -> None:
         """Have these signals noted from now on, whatever an application has set or blocked."""
@@ -1851,23 +1819,23 @@ class Signals:
         finally:
             self.own_thread = 0
 
-    def before_fork(self) -> None:
-        """Let signals wait."""
+    def hold(self) -> None:
+        """Before the application forks: let signals wait."""
         if self.detach and get_ident() != self.own_thread:
             self.masks[get_ident()] = None  # from here on nothing is raised
             self.masks[get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
-    def after_fork(self) -> None:
-        """Let them come as before."""
+    def let_go(self) -> None:
+        """After it: let them come as before."""
         if (mask := self.masks.pop(get_ident(), None)) is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
-    def after_fork_in_child(self) -> None:
-        """Give up what is the server's."""
-        if self.detach and get_ident() != self.own_thread:
+    def leave(self) -> None:
+        """In the process that it has forked: give up what is the server's."""
+        if self.detach and get_ident() in self.masks:
             self.detach()
             self.release()
-            self.after_fork()
+            self.let_go()
             self.masks.clear()
 
 
@@ -1878,7 +1846,7 @@ class Queue:
         self.channel, self.board = channel, board
         self.put_in = 0  # requests
         self.taken_by_dead = -sum(board.taken)  # of these, by children that have ended; the others count for themselves
-        self.fair_at = self.pressed_until = 0.0  # when the order is looked at again, and the pressure is over
+        self.fair_at = 0.0  # when the order is looked at again
         self.least_spare = self.uncounted = 0  # spare children since the last TICK; requests taken, but not counted
         self.idle: set[int] = set()  # slots of children that waited at the last TICK although requests did
 
@@ -1899,8 +1867,7 @@ class Queue:
             reactor.ready.popleft()
             connection.sock.close()
             self.put_in += 1
-        if reactor.ready and self.put_in == before + free:
-            self.pressed_until = now + TICK
+        if reactor.ready and self.put_in >= before + free:
             self.board.order(PRESSED, True)
             log_throttled("all processes are at work: requests wait (--max-children)")
         return self.put_in - before
@@ -1915,9 +1882,9 @@ class Queue:
         self.least_spare = min(self.least_spare, spare)
         return spare
 
-    def look_after(self, now: float) -> None:
+    def look_after(self) -> None:
         """Have the spare children beyond the one leave that were not needed since the last TICK."""
-        self.board.order(PRESSED, now < self.pressed_until)
+        self.board.order(PRESSED, False)  # until `fill` finds it so again
         waiting = {slot for slot, is_waiting in enumerate(self.board.waiting) if is_waiting}
         if wait_readable(self.channel.receiver, 0):
             for slot in waiting & self.idle:  # stuck, or stopped: they count as spare no more
@@ -1938,37 +1905,10 @@ class Queue:
         untaken: list[int] = []
         with suppress(BlockingIOError):
             while (received := self.channel.receive(DONT_WAIT))[0]:
-                untaken += [fd for fd, in DESCRIPTOR.iter_unpack(received[1])]
+                untaken += received[1]
         with suppress(OSError):
             self.channel.sender.shutdown(socket.SHUT_WR)
         return untaken
-
-
-class Stop:
-    """Owns the end of the server: what happens when, once a signal has asked for it."""
-
-    def __init__(self, options: Options, board: Scoreboard) -> None:
-        log_error("stopping")
-        notify("STOPPING=1")
-        board.order(STOPPING, True)
-        self.listening_ends = time.monotonic() + options.drain_delay
-        self.rest_ends = self.listening_ends + min(LAST_CALL, options.graceful_timeout / 2)
-        self.killing_begins = self.listening_ends + options.graceful_timeout
-
-    def go_on(self, now: float, reactor: Reactor, queue: Queue, children: Iterable[int]) -> None:
-        """Close the listening socket, then the connections at rest; let the children finish, kill what is left."""
-        if reactor.listener.is_open() and now >= self.listening_ends:
-            reactor.stop_listening()
-        pids = list(children)
-        is_idle = not (reactor.resting or reactor.ready) and queue.count_spare() == len(pids)
-        if now >= self.rest_ends or (is_idle and not reactor.listener.is_open()):
-            while reactor.close_longest_at_rest():
-                pass
-            if now >= self.killing_begins:
-                reactor.ready.clear()
-                kill_all(pids)
-            if not reactor.ready and not wait_readable(queue.channel.receiver, 0):
-                queue.end()
 
 
 class Parent:
@@ -1980,27 +1920,26 @@ class Parent:
         files = child.queue.sender, child.mailbox.receiver, reactor.selector
         self.own_descriptors = (self.board.fd, *(file.fileno() for file in files))  # that no child needs
         self.reload = Reload(options, signals, reactor, self.queue)
-        self.children = {pid: slot for slot, pid in enumerate(self.board.pids) if pid}  # that a reload has left
-        for slot in self.children.values():  # they may have waited for the mailbox while the new code was loaded
-            if self.board.since[slot] < 0:
-                self.board.leave_by[slot] = max(self.board.leave_by[slot], time.monotonic() + CLIENT_SLACK)
-        self.cap = options.max_children  # less, where the system does not allow so many
+        for slot in self.board.children.values():  # they may have waited for the mailbox while the new code was loaded
+            self.board.leave_by[slot] = max(self.board.leave_by[slot], time.monotonic() + CLIENT_SLACK)
+        self.most = min(options.max_children, len(self.board.pids))  # a reload keeps the size of the board
+        self.cap = self.most  # less, where the system does not allow so many
         self.fork_at: float | None = 0.0  # when the next child is to be forked; None: when there is a reason
         self.put_in_before = 0  # how many requests there were when that was decided
-        self.early_exits = 0  # of children in a row that have died before they served,
-        self.fork_again_at = self.tick_at = 0.0  # and so no fork before; and when `watch` is due
+        self.fork_again_at = self.fork_pause = 0.0  # no fork before, since children have died before they served
+        self.tick_at = self.stop_at = 0.0  # when `watch` is due; when listening ends, 0 until a stop is asked for
+        self.is_over = False
         self.told: dict[int, tuple[float, float]] = {}  # by slot: no progress since when, interrupted when
-        self.stopping: Stop | None = None
         self.has_terminal = signals.handlers.get(signal.SIGHUP) != signal.SIG_IGN and can_open_terminal()
-        self.totals = {"connections": 0, "forks": 0, "reaped": 0, "crashes": 0, "timeouts": 0}
+        self.totals = dict.fromkeys(("forks", "reaped", "crashes", "timeouts"), 0)
 
     def run(self) -> None:
         """Serve until the server was stopped and the last child was reaped."""
-        while not self.stopping or self.children or self.has_requests() or self.reactor.listener.is_open():
+        while not self.is_over:
             now, spare = time.monotonic(), self.queue.count_spare()
             # Step 1: requests go into the queue, one for each child that is there or may be forked.
             if self.reactor.ready:
-                spare -= self.queue.fill(self.reactor, now, self.cap - len(self.children) + spare)
+                spare -= self.queue.fill(self.reactor, now, self.cap - len(self.board.children) + spare)
             # Step 2: one child more than there are requests waits, so that no client has to wait for a fork.
             until = self.keep_spare(now, spare)
             # Step 3: sleep until a client, a child or a signal wants something. Those that are at work come first.
@@ -2014,21 +1953,17 @@ class Parent:
             if (now := time.monotonic()) >= self.tick_at:
                 self.watch(now)
 
-    def has_requests(self) -> bool:
-        """Return whether requests wait, here or in the queue."""
-        return bool(self.reactor.ready) or self.queue.count_spare() < 0
-
     def keep_spare(self, now: float, spare: int) -> float:
         """Fork a child a little after the last spare one got work, at once if a request waits; return when to look."""
         # A parent that forks while its child answers takes the processor from it. Where children come back for the next
         # connection, a request may wait as long; unless others have been waiting since then.
-        if spare > 0 or len(self.children) >= self.cap or (spare == 0 and self.stopping):
+        if spare > 0 or len(self.board.children) >= self.cap or (spare == 0 and self.stop_at):
             self.fork_at = None
             self.board.order(WANTED, False)
             return self.tick_at
         if self.fork_at is None or (now >= self.fork_at > 0 > spare and self.queue.count_taken() >= self.put_in_before):
             self.fork_at, self.put_in_before = now + FORK_DELAY, self.queue.put_in
-        if spare < 0 and self.child.connections == 1:
+        if spare < 0 and self.options.connections_per_child == 1:
             self.fork_at = now
         self.fork_at = max(self.fork_at, self.fork_again_at)
         if now >= self.fork_at:
@@ -2044,12 +1979,12 @@ class Parent:
             pid = self.signals.fork()
         except OSError as error:  # EAGAIN: a limit of processes, ENOMEM
             self.board.clear(slot)
-            self.cap = len(self.children)
+            self.cap = len(self.board.children)
             log_throttled("cannot fork: %s; %d processes are the limit of the system" % (error.strerror, self.cap))
             return
         if pid == 0:
             self.child.run(slot, self.give_up)
-        self.board.pids[slot], self.children[pid] = pid, slot
+        self.board.pids[slot], self.board.children[pid] = pid, slot
         self.totals["forks"] += 1
 
     def give_up(self) -> None:
@@ -2063,15 +1998,15 @@ class Parent:
 
     def handle_signal(self, signum: int) -> None:
         """Do what a signal asks for."""
+        is_left = signum == signal.SIGHUP and self.has_terminal and not can_open_terminal()  # which was closed
         if signum == signal.SIGCHLD:
             self.reap()
-        elif signum in (signal.SIGTERM, signal.SIGINT):
+        elif signum in (signal.SIGTERM, signal.SIGINT) or is_left:
             self.stop()
-        elif signum == signal.SIGHUP:
-            is_hangup = self.has_terminal and not can_open_terminal()  # the one that the server was started in is gone
-            (self.stop if is_hangup else self.reload.begin)()
+        elif signum == signal.SIGHUP and not self.stop_at:
+            self.reload.begin()
         elif signum == signal.SIGUSR1:
-            report(self.board, self.reactor, self.totals)
+            report(self.queue, self.reactor, self.totals)
 
     def reap(self) -> None:
         """Collect every child that has ended: until then it is a zombie, a pid and a wait status in the kernel.
@@ -2079,74 +2014,88 @@ class Parent:
         SIGCHLD says that some have, not how many: signals merge. So this repeats until none is left, and does not block
         for the living (waitpid(2)). A pid that is not ours was orphaned and given to us, as to any PID 1.
         """
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:  # there is no child at all
-                return
-            if pid == 0:  # those that there are live
-                return
-            self.totals["reaped"] += 1
-            if pid in self.children:
-                self.record_exit(pid, self.children.pop(pid), status)
-            else:
-                self.reload.end_check(pid, status)
-            self.tick_at = 0.0 if self.stopping or self.reload.is_due else self.tick_at
+        with suppress(ChildProcessError):  # there is no child at all
+            while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):  # those that there are live
+                self.totals["reaped"] += 1
+                if ended[0] in self.board.children:
+                    self.record_exit(*ended)
+                else:
+                    self.reload.end_check(*ended)
+        if self.stop_at or self.reload.is_due:
+            self.tick_at = 0.0
 
-    def record_exit(self, pid: int, slot: int, status: int) -> None:
+    def record_exit(self, pid: int, status: int) -> None:
         """Free the slot of a child that was reaped, and log it if it did not end by itself."""
+        slot = self.board.children.pop(pid)
         if status:
             self.totals["crashes"] += 1
             log_error("child %d %s while %s" % (pid, describe_end(status), self.board.describe(slot)))
-        self.early_exits = self.early_exits + 1 if self.board.waiting[slot] else 0
-        if self.early_exits:  # children that cannot live would be a fork storm
-            self.fork_again_at = time.monotonic() + min(0.01 * 2 ** min(self.early_exits, 7), TICK)
+        # Children that die before they serve would be a fork storm.
+        self.fork_pause = min(2 * self.fork_pause + FORK_DELAY, TICK) if self.board.waiting[slot] else 0.0
+        self.fork_again_at = time.monotonic() + self.fork_pause
         self.fork_at = 0.0  # it was the spare one, or has made room
-        self.totals["connections"] += self.board.taken[slot]
         self.queue.taken_by_dead += self.board.taken[slot]
-        self.told.pop(slot, None)
         self.board.clear(slot)
 
     def watch(self, now: float) -> None:
         """Do what is due, each TICK, or more often where somebody waits for it."""
-        self.tick_at = now + (TICK / 4 if self.stopping or self.options.reload else TICK)
-        self.cap = self.options.max_children  # the system may allow more again
+        self.tick_at = now + (TICK / 4 if self.stop_at or self.options.reload else TICK)
+        self.cap = self.most  # the system may allow more again
         self.reactor.expire(now)
+        self.queue.look_after()
+        if self.stop_at:
+            self.is_over = end_service(now, self.stop_at, self.options, self.reactor, self.queue)
+        else:
+            self.reload.watch(now)
         self.totals["timeouts"] += enforce_deadlines(now, self.options.timeout, self.board, self.told)
-        self.queue.look_after(now)
-        self.reload.watch(now)
-        if self.stopping:
-            self.stopping.go_on(now, self.reactor, self.queue, self.children)
 
     def stop(self) -> None:
         """Stop gracefully; at the second request, at once."""
-        self.tick_at = 0.0
-        self.reload.cancel()
-        if self.stopping:
-            self.stopping.listening_ends = self.stopping.rest_ends = self.stopping.killing_begins = 0.0
-        self.stopping = self.stopping or Stop(self.options, self.board)
+        if self.stop_at:
+            self.options = self.options._replace(drain_delay=0.0, graceful_timeout=0.0)
+        else:
+            log_error("stopping")
+            notify("STOPPING=1")
+            self.board.order(STOPPING, True)
+            self.reload.cancel()
+        self.stop_at, self.tick_at = time.monotonic() + self.options.drain_delay, 0.0
+
+
+def end_service(now: float, stop_at: float, options: Options, reactor: Reactor, queue: Queue) -> bool:
+    """Stop listening, close what is at rest after a last call, let children finish; return whether all is over."""
+    if now < stop_at:
+        return False
+    if reactor.listener.sock.fileno() >= 0:  # it still listens
+        reactor.stop_listening()
+    children = queue.board.children
+    is_busy = reactor.resting or reactor.ready or queue.count_spare() != len(children)
+    if not is_busy or now >= stop_at + min(LAST_CALL, options.graceful_timeout / 2):
+        while reactor.close_longest_at_rest():
+            pass
+        queue.board.retire(stop_at + options.graceful_timeout)
+        if now >= stop_at + options.graceful_timeout:
+            reactor.ready.clear()
+        if not reactor.ready and not wait_readable(queue.channel.receiver, 0):
+            queue.end()
+    return not (children or reactor.resting or reactor.ready) and queue.count_spare() >= 0
 
 
 def enforce_deadlines(now: float, timeout: float, board: Scoreboard, told: dict[int, tuple[float, float]]) -> int:
     """Interrupt what makes no progress; kill what takes no notice, or should have left. Return how many were new."""
     count = 0
-    for slot, pid in enumerate(board.pids):
+    for pid, slot in board.children.items():
         since = board.since[slot]  # read once: it changes under our eyes
-        if pid and since and now - abs(since) > timeout + (ALARM_SLACK if since > 0 else CLIENT_SLACK):
+        if since and now - abs(since) > timeout + (ALARM_SLACK if since > 0 else CLIENT_SLACK):
             if told.get(slot, (0.0, 0.0))[0] != since:
                 told[slot] = since, now
                 count += 1
             send_signal(pid, signal.SIGKILL if now - told[slot][1] >= KILL_AFTER else signal.SIGALRM)
-    kill_all([pid for slot, pid in enumerate(board.pids) if pid and 0 < board.leave_by[slot] <= now])
-    return count
-
-
-def kill_all(pids: list[int]) -> None:
-    """End children that have had their time to finish."""
-    if pids:
-        log_throttled("children that have not finished and are killed: %d" % len(pids))
-    for pid in pids:
+    late = [pid for pid, slot in board.children.items() if 0 < board.leave_by[slot] <= now]
+    if late:
+        log_throttled("children that have not finished and are killed: %d" % len(late))
+    for pid in late:
         send_signal(pid, signal.SIGKILL)
+    return count
 
 
 def send_signal(pid: int, signum: int) -> None:
@@ -2157,6 +2106,14 @@ def send_signal(pid: int, signum: int) -> None:
         log_throttled("may not send a signal to process %d, which has become another user" % pid)
 
 
+def can_open_terminal() -> bool:
+    """Return whether this process has a controlling terminal that still exists (tty(4))."""
+    with suppress(OSError):
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+        return True
+    return False
+
+
 def describe_end(status: int) -> str:
     """Return how a process has ended by its wait status (waitpid(2))."""
     names = {int(signum): signum.name for signum in signal.Signals}
@@ -2164,41 +2121,35 @@ def describe_end(status: int) -> str:
     return "died of " + names.get(number, "signal %d" % number) if number else "exited with %d" % os.WEXITSTATUS(status)
 
 
-def report(board: Scoreboard, reactor: Reactor, totals: dict[str, int]) -> None:
+def report(queue: Queue, reactor: Reactor, totals: dict[str, int]) -> None:
     """Print who does what to stderr."""
-    now = time.monotonic()
+    board, now = queue.board, time.monotonic()
     log_error("%7s %-8s %8s %8s  %s" % ("pid", "state", "age", "requests", "client and request"))
-    for pid, slot in sorted((pid, slot) for slot, pid in enumerate(board.pids) if pid):
+    for pid, slot in sorted(board.children.items()):
         since = board.since[slot]
         state = "busy" if since > 0 else "idle" if since < 0 else "waiting" if board.waiting[slot] else "leaving"
         age, doing = ("%.1f s" % (now - abs(since)), board.describe(slot)) if since else ("-", "")
         log_error("%7d %-8s %8s %8d  %s" % (pid, state, age, board.requests[slot], doing))
     log_error("connections at rest: %d, waiting for a process: %d" % (len(reactor.resting), len(reactor.ready)))
-    totals = {**totals, "connections": totals["connections"] + sum(board.taken)}
+    totals = {"connections": queue.count_taken(), **totals}
     log_error("in all: " + ", ".join("%d %s" % (number, name) for name, number in totals.items()))
 
 
-class Solo:
-    """Owns the one process of --no-fork, which does in turn what the parent and its children do elsewhere."""
-
-    def __init__(self, child: Child, reactor: Reactor, signals: Signals) -> None:
-        self.child, self.reactor, self.signals = child, reactor, signals
-
-    def run(self) -> None:
-        """Serve one request at a time until the server was stopped."""
-        while signal.SIGTERM not in self.signals.pending:
-            self.reactor.wait(TICK)
-            while self.reactor.ready:
-                connection = self.reactor.ready.popleft()
-                if self.child.serve(connection.sock, connection.deadline):
-                    self.reactor.rest(Connection(connection.sock, time.monotonic() + self.reactor.keep_alive))
-                if not self.child.slot.is_own():
-                    exit_child(0)  # in a process that the application has forked
-            self.reactor.expire(time.monotonic())
-        log_error("stopping")
-        self.reactor.listener.close()
-        while self.reactor.close_longest_at_rest():
-            pass
+def serve_alone(child: Child, reactor: Reactor, signals: Signals) -> None:
+    """Serve without other processes (--no-fork), one request at a time, until the server was stopped."""
+    while signal.SIGTERM not in signals.pending:
+        reactor.wait(TICK)
+        while reactor.ready:
+            connection = reactor.ready.popleft()
+            if child.serve(connection.sock, connection.deadline):
+                reactor.rest(Connection(connection.sock, time.monotonic() + reactor.options.keep_alive))
+            if not child.slot.is_own():
+                exit_child(0)  # in a process that the application has forked
+        reactor.expire(time.monotonic())
+    log_error("stopping")
+    reactor.listener.close()
+    while reactor.close_longest_at_rest():
+        pass
 
 
 # ---- Part three: what production adds ---------------------------------------
@@ -2225,13 +2176,13 @@ class Reload:
     """Owns the process that tries new code, and what becomes of the server when it loads. It lives in the parent."""
 
     def __init__(self, options: Options, signals: Signals, reactor: Reactor, queue: Queue) -> None:
-        self.options, self.signals, self.board, self.reactor, self.queue = options, signals, queue.board, reactor, queue
+        self.options, self.signals, self.reactor, self.queue = options, signals, reactor, queue
         self.checker, self.check_by = 0, 0.0  # the pid of the process that tries the code, and when it must be done
         self.is_wanted_again = self.is_due = False  # the code has changed meanwhile; the code loads
         self.sources = list_sources() if options.reload else {}
 
     def begin(self) -> None:
-        """Try the code as it is now in a fresh interpreter."""
+        """Try the code as it is now in a fresh interpreter, once a try that is under way has ended."""
         self.is_wanted_again = bool(self.checker)
         if self.checker:
             return
@@ -2243,6 +2194,12 @@ class Reload:
             return
         if self.checker == 0:
             start_again(WEBSERVER_CHECK=str(os.getpid()))
+
+    def cancel(self) -> None:
+        """Replace nothing, and end the try that is under way."""
+        if self.checker:
+            send_signal(self.checker, signal.SIGKILL)
+        self.checker, self.is_wanted_again, self.is_due = 0, False, False
 
     def end_check(self, pid: int, status: int) -> None:
         """Hear what became of the check, if it was its process that was reaped."""
@@ -2258,19 +2215,11 @@ class Reload:
             notify("RELOADING=1")
             notify("READY=1")  # else the manager would wait for the end of the reload that it has asked for
 
-    def cancel(self) -> None:
-        """The server is to stop: replace nothing."""
-        self.is_due = self.is_wanted_again = False
-        self.options = self.options._replace(reload=False)
-        if self.checker:
-            send_signal(self.checker, signal.SIGKILL)
-            self.checker = 0
-
     def watch(self, now: float) -> None:
         """Look at the sources and at the clock of the check; replace the program if it is time."""
         if self.checker and now >= self.check_by:
             send_signal(self.checker, signal.SIGKILL)
-        if self.options.reload and not self.checker and (sources := list_sources()) != self.sources:
+        if self.options.reload and (sources := list_sources()) != self.sources:
             self.sources = sources
             self.begin()
         if self.is_due:
@@ -2283,11 +2232,11 @@ class Reload:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             return
         notify("RELOADING=1")
-        for slot, pid in enumerate(self.board.pids):
-            if pid and not self.board.leave_by[slot]:
-                self.board.leave_by[slot] = time.monotonic() + self.options.graceful_timeout
-        mailbox, rest = self.reactor.mailbox, make_channel()
-        fds = self.reactor.list_descriptors() + self.queue.end()
+        board, mailbox, rest = self.queue.board, self.reactor.mailbox, make_channel()
+        board.retire(time.monotonic() + self.options.graceful_timeout)
+        for connection in [*self.reactor.resting.values()]:
+            self.reactor.make_ready(connection)
+        fds = [connection.sock.fileno() for connection in self.reactor.ready] + self.queue.end()
         for first in range(0, len(fds), MAX_DESCRIPTORS):
             try:
                 rest.send(b"rest", *fds[first : first + MAX_DESCRIPTORS])
@@ -2296,7 +2245,7 @@ class Reload:
         run_exit_handlers()  # what the old code has started ends with it
         flush_output()
         sockets = self.reactor.listener.sock, mailbox.receiver, mailbox.sender, rest.receiver, rest.sender
-        replace_program([self.board.fd, *(sock.fileno() for sock in sockets)])
+        replace_program([board.fd, *(sock.fileno() for sock in sockets)])
 
 
 def replace_program(kept: list[int]) -> NoReturn:
@@ -2313,9 +2262,11 @@ def replace_program(kept: list[int]) -> NoReturn:
 def find_kept() -> list[int]:
     """Return the descriptors that a reload has left to this process; those left to another one mean nothing here."""
     pid, *kept = map(int, os.environ.pop("WEBSERVER_RELOAD", "0").split())
-    for fd in kept if pid == os.getpid() else ():
+    if pid != os.getpid():
+        return []
+    for fd in kept:
         os.set_inheritable(fd, False)
-    return kept if pid == os.getpid() else []
+    return kept
 
 
 def end_loading(pending: list[int], signum: int) -> None:
@@ -2326,14 +2277,6 @@ def end_loading(pending: list[int], signum: int) -> None:
     if signum in (signal.SIGTERM, signal.SIGINT):
         os._exit(0)
     pending.append(signum)
-
-
-def can_open_terminal() -> bool:
-    """Return whether this process has a controlling terminal that still exists (tty(4))."""
-    with suppress(OSError):
-        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-        return True
-    return False
 
 
 def start_again(**environ: str) -> NoReturn:
@@ -2949,12 +2892,13 @@ def run(
             file.close()
 
     signals.detach = detach
-    loop: Any = Solo(child, reactor, signals) if options.no_fork else Parent(child, reactor, signals, options)
+    alone = partial(serve_alone, child, reactor, signals)
+    loop: Any = alone if options.no_fork else Parent(child, reactor, signals, options).run
     if os.geteuid() == 0:
         log_error("running as root: let --user NAME give that up once the address is bound")
     log_error("serving on %s, pid %d" % (describe_address(listener.sock), os.getpid()))
     notify("READY=1")
-    loop.run()
+    loop()
     log_error("stopped")
     signals.release()
     for sock in (mailbox.receiver, mailbox.sender, child.queue.receiver, child.queue.sender, reactor.selector):
