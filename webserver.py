@@ -704,7 +704,7 @@ def make_request_environ(request: Request) -> Environ:
 
 def run_application(application: Application, environ: Environ, response: Response) -> None:
     """Call the application and send what it gives (PEP 3333, "Specification Details")."""
-    blocks = application(environ, make_start_response(response))
+    blocks = application(environ, response.start)
     try:
         if isinstance(blocks, (list, tuple)):
             response.send(b"".join(blocks), is_last=True)  # all there is: its length can be told
@@ -718,29 +718,6 @@ def run_application(application: Application, environ: Environ, response: Respon
     finally:
         if hasattr(blocks, "close"):
             blocks.close()
-
-
-def make_start_response(response: Response) -> StartResponse:
-    """Return the start_response of one request (PEP 3333, "The start_response() Callable")."""
-
-    def start_response(status: str, response_headers: list[tuple[str, str]], exc_info: Any = None) -> Write:
-        """Take over the head; with exc_info in place of an earlier one, if that was not sent."""
-        try:
-            if exc_info and response.framing:
-                raise exc_info[1].with_traceback(exc_info[2])
-            if response.head and not exc_info:
-                raise AssertionError("start_response was called a second time without exc_info")
-        finally:
-            exc_info = None  # it refers to this frame: a circle that only the garbage collector could break
-        try:
-            if not isinstance(response_headers, list):
-                raise TypeError
-            response.head = parse_response_head(status, tuple(response_headers))
-        except TypeError:
-            raise TypeError("not a status and a list of (name, value): %r, %r" % (status, response_headers)) from None
-        return response.write
-
-    return start_response
 
 
 class ResponseHead(NamedTuple):
@@ -782,6 +759,23 @@ class Response:
         self.is_closing = False  # by what the request, or the server, wants
         self.drops_blocks = False  # the rest of what the application gives: there is no body, or it is too long
         self.is_complete = False
+
+    def start(self, status: str, response_headers: list[tuple[str, str]], exc_info: Any = None) -> Write:
+        """Take over the head, with exc_info in place of one not sent (PEP 3333, "The start_response() Callable")."""
+        try:
+            if exc_info and self.framing:
+                raise exc_info[1].with_traceback(exc_info[2])
+            if self.head and not exc_info:
+                raise AssertionError("start_response was called a second time without exc_info")
+        finally:
+            exc_info = None  # it refers to this frame: a circle that only the garbage collector could break
+        try:
+            if not isinstance(response_headers, list):
+                raise TypeError
+            self.head = parse_response_head(status, tuple(response_headers))
+        except TypeError:
+            raise TypeError("not a status and a list of (name, value): %r, %r" % (status, response_headers)) from None
+        return self.write
 
     def write(self, block: bytes) -> None:
         """Send a block of the body (PEP 3333, "The write() Callable")."""
