@@ -234,7 +234,6 @@ class Stream:
 
     def receive_at_rest(self) -> bytes:
         """Return the first bytes of a request; ClientSilentError if none come for a second."""
-        self.slot.mark_silent()
         self.pace = None
         try:
             received = self.sock.recv(RECEIVE_SIZE)
@@ -288,8 +287,7 @@ class Stream:
         return line[:-1]
 
     def send(self, data: bytes, *more: bytes) -> None:
-        """Send all the data, large parts without a copy: that is progress. ClientGoneError tells how much was sent."""
-        self.slot.mark_progress()
+        """Send all the data, large parts without a copy; ClientGoneError tells how much of it was sent."""
         sent, size = 0, len(data) + sum(map(len, more)) if more else len(data)
         try:
             try:
@@ -328,7 +326,7 @@ class Stream:
         with suppress(OSError, ClientSilentError):  # gone: it is over
             self.sock.shutdown(socket.SHUT_WR)
             while (now := self.slot.mark_silent()) < began + LINGER_TIMEOUT:
-                is_calm = self.slot.is_calm()  # else there is no time but for what is here already
+                is_calm = not self.slot.orders[0]  # else there is no time but for what is here already
                 try:
                     if not self.sock.recv(RECEIVE_SIZE, 0 if is_calm else DONT_WAIT):
                         return
@@ -704,7 +702,7 @@ def make_request_environ(request: Request) -> Environ:
 
 def run_application(application: Application, environ: Environ, response: Response) -> None:
     """Call the application and send what it gives (PEP 3333, "Specification Details")."""
-    blocks = application(environ, response.start)
+    blocks = application(environ, response.start_response)
     try:
         if isinstance(blocks, (list, tuple)):
             response.send(b"".join(blocks), is_last=True)  # all there is: its length can be told
@@ -741,26 +739,22 @@ class Framing(NamedTuple):
     is_ended_by_close: bool  # only that tells the client that the body is complete
 
 
-UNREAD = Request()
-
-
 class Response:
     """Owns the response to one request: its head until the first block, and how much of its body was sent."""
 
     __slots__ = ("body", "drops_blocks", "framing", "head", "is_closing", "is_complete", "request", "sent", "stream")
 
-    def __init__(self, stream: Stream) -> None:
-        self.stream = stream
-        self.request = UNREAD
+    def __init__(self, stream: Stream, request: Request, is_closing: bool) -> None:
+        self.stream, self.request = stream, request
+        self.is_closing = is_closing  # the connection ends with this response
         self.body: Body | None = None  # of the request
         self.head: ResponseHead | None = None  # what start_response was told
         self.framing: Framing | None = None  # once the head is sent
         self.sent = 0  # bytes of the body
-        self.is_closing = False  # by what the request, or the server, wants
         self.drops_blocks = False  # the rest of what the application gives: there is no body, or it is too long
         self.is_complete = False
 
-    def start(self, status: str, response_headers: list[tuple[str, str]], exc_info: Any = None) -> Write:
+    def start_response(self, status: str, response_headers: list[tuple[str, str]], exc_info: Any = None) -> Write:
         """Take over the head, with exc_info in place of one not sent (PEP 3333, "The start_response() Callable")."""
         try:
             if exc_info and self.framing:
@@ -818,6 +812,8 @@ class Response:
                 self.stream.reset_on_close(False)
             elif self.sent < framing.length != UNBOUNDED:
                 raise ValueError("the body has %d bytes, its Content-Length is %d" % (self.sent, framing.length))
+        elif block:
+            self.stream.slot.mark_progress()
 
     def send_file(self, file: Any) -> bool:
         """Send a regular file in large blocks; return whether it could be sent so."""
@@ -836,6 +832,7 @@ class Response:
         while block := os.pread(fd, int(min(framing.length - self.sent, FILE_BLOCK_SIZE)), offset + self.sent):
             self.stream.send(block)
             self.sent += len(block)
+            self.stream.slot.mark_progress()
         return True
 
     def frame(self, size: int | None) -> Framing:
@@ -848,7 +845,7 @@ class Response:
             self.is_closing |= self.body.awaits_continue  # the body may come or not
             self.body.awaits_continue = False
         slot = self.stream.slot
-        if not slot.is_calm():  # under pressure, who has sent more requests already must queue for them
+        if slot.orders[0]:  # under pressure, a client that has sent more requests already must queue for them
             self.is_closing |= slot.is_stopping() or (slot.is_pressed() and not self.body and self.stream.has_more())
         method, version, second = self.request.method, self.request.version, int(time.time())
         framing = make_framing(self.head, method, version, size, self.is_closing, second)
@@ -955,6 +952,7 @@ def serve_connection(
     try:
         stream = Stream(sock, slot, options.timeout)
         environ = make_connection_environ(sock, address, not options.no_fork)
+        slot.mark_silent()
         while serve_request(application, options, stream, environ, deadline):
             deadline = None
             if not slot.may_wait() and not stream.has_more():
@@ -972,15 +970,15 @@ def serve_request(
     application: Application, options: Options, stream: Stream, shared: Environ, deadline: float | None
 ) -> bool:
     """Serve the next request; return whether another may follow. ClientSilentError, ClientGoneError: there is none."""
-    response, slot, head, began, detail = Response(stream), stream.slot, b"", 0.0, ""
+    slot, head, began, detail = stream.slot, b"", 0.0, ""
+    response: Response | None = None
     try:
         # Step 1: read the head and interpret it.
         head = read_head(stream, deadline)
         request, variables = (parse_head if len(head) <= MAX_REMEMBERED else parse_head.__wrapped__)(head)
         # Step 2: make the environ. The body is read when the application reads it.
         began = slot.mark_busy(request.line)
-        response.request = request
-        response.is_closing = not (request.is_persistent and options.keep_alive)
+        response = Response(stream, request, not (request.is_persistent and options.keep_alive))
         environ = {**variables, **shared, "webserver.requests": slot.requests, "wsgi.input": io.BytesIO()}
         if request.length != 0:
             response.body = Body(stream, request, options.limit_request_body)
@@ -990,11 +988,11 @@ def serve_request(
     except BaseException as error:  # SystemExit in an application is an error like any other
         if not slot.is_own() or (options.no_fork and isinstance(error, KeyboardInterrupt)):
             raise  # in a process that the application has forked, or to the debugger
-        if not began:
+        if not response:
             if isinstance(error, (ClientSilentError, ClientGoneError)):
                 raise  # between two requests
             line = (head or stream.buffer[stream.start :]).lstrip(b"\r\n").partition(b"\r\n")[0]
-            response.request = Request("HEAD" if line.startswith(b"HEAD ") else "", line=line)
+            response = Response(stream, Request("HEAD" if line.startswith(b"HEAD ") else "", line=line), True)
         # Step 4: answer what went wrong.
         detail = recover(response, error)
     # Step 5: log it, and leave the connection in a state in which the next request can be read, or end it.
@@ -1023,6 +1021,7 @@ def recover(response: Response, error: BaseException) -> str:
         elif response.framing and response.framing.is_ended_by_close and not response.is_complete:
             response.stream.sock.close()  # by a reset: a plain end would mean that the body is complete
     if not isinstance(error, (HTTPError, ClientGoneError)):  # last: to format it may take long, or fail
+        response.stream.slot.mark_progress()
         log_exception(error, response.request.line)
     return str(detail)
 
@@ -1326,19 +1325,20 @@ class Slot:
     """Owns a place on the scoreboard, in which the process that serves says what it does."""
 
     __slots__ = (
-        "board", "client", "index", "is_one_of_many", "is_orphan", "leave_by", "looked_at", "orders", "parent", "pid",
-        "requests", "since",
+        "board", "client", "index", "leave_by", "look_at", "orders", "parent", "pid", "requests", "since", "write",
     )  # fmt: skip
 
     def __init__(self, board: Scoreboard, is_one_of_many: bool = True) -> None:
-        self.client, self.requests, self.looked_at, self.is_orphan = b"", 0, 0.0, False
-        self.is_one_of_many = is_one_of_many  # processes: else all other clients wait for this one
+        self.client, self.requests, self.look_at = b"", 0, 0.0
         self.attach(board, 0)
+        if not is_one_of_many:  # processes: this one never waits for a client, or all others would wait, too
+            self.leave_by[0] = UNBOUNDED
 
     def attach(self, board: Scoreboard, index: int) -> None:
         """Have this place from now on, for this process."""
         self.board, self.index = board, index
         self.since, self.leave_by, self.orders = board.since, board.leave_by, board.orders
+        self.write = partial(RECORD.pack_into, board.memory, 48 + index * SLOT_SIZE)
         self.pid, self.parent = os.getpid(), os.getppid()
 
     def mark_waiting(self, is_waiting: bool) -> None:
@@ -1360,7 +1360,7 @@ class Slot:
     def mark_busy(self, line: bytes) -> float:
         """A request is in hand; return the time."""
         self.requests += 1
-        RECORD.pack_into(self.board.memory, 48 + self.index * SLOT_SIZE, self.requests, self.client, line)
+        self.write(self.requests, self.client, line)
         now = self.since[self.index] = time.monotonic()
         return now
 
@@ -1368,10 +1368,6 @@ class Slot:
         """The request in hand has made progress; return the time."""
         now = self.since[self.index] = time.monotonic()
         return now
-
-    def is_calm(self) -> bool:
-        """Return whether the parent has given no order: the common case."""
-        return not self.orders[0]
 
     def is_stopping(self) -> bool:
         """Return whether the server stops: connections end with their next response."""
@@ -1390,13 +1386,16 @@ class Slot:
         return self.pid == os.getpid()
 
     def may_wait(self) -> bool:
-        """Return whether the next request may be waited for; give way where the parent needs the processor to fork."""
-        orders, now = self.orders[0], self.since[self.index]
+        """The request is done: return whether the next one may be waited for; give way to a parent that must fork."""
+        now, orders = time.monotonic(), self.orders[0]
+        self.since[self.index] = -now
         if orders & WANTED:
-            give_way()  # it competes with all busy children, and newcomers wait for it
-        if now > self.looked_at + TICK:  # to ask the kernel after each request would cost 3 %
-            self.looked_at, self.is_orphan = now, os.getppid() != self.parent
-        return self.is_one_of_many and not (orders & PRESSED or self.leave_by[self.index] or self.is_orphan)
+            give_way()  # the parent competes with all busy children, and newcomers wait for it
+        if now > self.look_at:  # to ask the kernel after each request would cost 3 %
+            self.look_at = now + TICK
+            if os.getppid() != self.parent:
+                self.leave_by[self.index] = now
+        return not (self.leave_by[self.index] or orders & PRESSED)
 
 
 # ---- 12. Child --------------------------------------------------------------
