@@ -217,9 +217,8 @@ DONT_WAIT = int(socket.MSG_DONTWAIT)  # as a plain number: its enumeration costs
 class Stream:
     """Owns a connected socket and the bytes received from it but not yet consumed."""
 
-    # What it does with the socket raises ClientGoneError when there is no client any more. What receives raises
-    # ClientSilentError when nothing comes for the timeout, when less comes than `Pace` asks for, or, while others wait
-    # for a process, when nothing comes for a second.
+    # ClientGoneError: there is no client any more. ClientSilentError: nothing has come for the timeout, or less than
+    # `Pace` asks for, or, while others wait for a process, nothing for a second.
     __slots__ = ("buffer", "pace", "previous_head", "slot", "sock", "start", "timeout")
 
     def __init__(self, sock: socket.SocketType, slot: Slot, timeout: float) -> None:
@@ -233,45 +232,33 @@ class Stream:
         return self.start != len(self.buffer)
 
     def receive_at_rest(self) -> bytes:
-        """Return the first bytes of a request; ClientSilentError if none come for a second."""
+        """Return the first bytes of a request; OSError as the socket raises it, BlockingIOError after a second."""
         self.pace = None
-        try:
-            received = self.sock.recv(RECEIVE_SIZE)
-        except BlockingIOError:
-            raise ClientSilentError from None
-        except OSError as error:
-            raise ClientGoneError(0) from error
-        if not received:
-            raise ClientGoneError(0)
-        return received
+        if received := self.sock.recv(RECEIVE_SIZE):
+            return received
+        raise ClientGoneError(0)
 
-    def wait_for(self, operation: Callable[[Any], Any], argument: Any, deadline: float | None = None) -> Any:
-        """Return what an operation of the socket returns that receives; b"" or 0 if the client has ended its side."""
+    def receive_more(self, deadline: float | None = None) -> bool:
+        """Add what the client sends next to the buffer; return False if it has ended its side."""
         began = self.slot.mark_silent()  # from here on it is the client that is waited for
         while True:
             try:
-                received = operation(argument)
+                received = self.sock.recv(RECEIVE_SIZE)
                 break
             except BlockingIOError:
                 if self.slot.is_pressed() or time.monotonic() >= (deadline or began + self.timeout):
                     raise ClientSilentError from None
             except OSError as error:
                 raise ClientGoneError(0) from error
-        count = received if isinstance(received, int) else len(received)
         self.pace = self.pace or Pace()
-        self.pace.add(self.slot.mark_progress() - began, count, self.slot.is_pressed())
-        return received
-
-    def receive_more(self, deadline: float | None = None) -> bool:
-        """Add what the client sends next to the buffer; return False if it has ended its side."""
-        received = self.wait_for(self.sock.recv, RECEIVE_SIZE, deadline)
+        self.pace.add(self.slot.mark_progress() - began, len(received), self.slot.is_pressed())
         self.buffer, self.start = self.buffer[self.start :] + received, 0
         return bool(received)
 
     def receive_into(self, view: memoryview) -> int:
         """Fill the view with bytes not consumed yet, or else with new ones; return their number, 0 at the end."""
         if not self.has_more():
-            return int(self.wait_for(self.sock.recv_into, view))
+            self.receive_more()
         taken = self.buffer[self.start : self.start + len(view)]
         self.start += len(taken)
         view[: len(taken)] = taken
@@ -391,40 +378,42 @@ class Request(NamedTuple):
 
 
 def read_head(stream: Stream, deadline: float | None) -> bytes:
-    """Return the next head with its empty line: in the common case by one recv, and without a look at the clock."""
-    # ClientSilentError: none begins. HTTPError: it cannot be good, or is not whole by the deadline.
-    if stream.start != len(stream.buffer):
-        data, start = stream.buffer, stream.start
-        stream.buffer, stream.start = b"", 0
-    else:
-        data, start = stream.receive_at_rest(), 0
-        if data == stream.previous_head:  # the same once more: 10 % faster than to search it and hash it again
+    """Return the next head with its empty line; HTTPError if it cannot be good, or is not whole by the deadline."""
+    if not stream.has_more():
+        stream.buffer, stream.start = stream.receive_at_rest(), 0
+        if stream.buffer == stream.previous_head:  # the same once more: 10 % faster than to search it and hash it again
+            stream.start = len(stream.buffer)
             return stream.previous_head
-    while data[start : start + 3] in (b"\r", b"\r\n"):  # what old clients send behind a body begins no request
-        if deadline and time.monotonic() >= deadline:
+    while stream.buffer[stream.start : stream.start + 3] in (b"\r", b"\r\n"):  # what old clients send behind a body
+        if deadline and time.monotonic() >= deadline:  # it begins no request
             raise ClientGoneError(0)
-        data, start = data[start:] + stream.receive_at_rest(), 0
-    if (end := data.find(b"\r\n\r\n", start) + 4) < 4:
-        stream.buffer, stream.start, checked = data[start:], 0, 0
-        deadline = deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout)
-        while (end := stream.buffer.find(b"\r\n\r\n", max(checked - 2, 0)) + 4) < 4:
-            check_partial_head(stream.buffer, checked)
-            checked = len(stream.buffer) - 1
-            require(time.monotonic() < deadline, 408, "the head was not complete in time")
-            try:
-                require(stream.receive_more(deadline), 400, "the client closed inside the head")
-            except ClientSilentError:
-                raise HTTPError(408, "the head was not complete in time") from None
-        data, start = stream.buffer, 0
-    stream.buffer, stream.start, stream.previous_head = data, end, data[start:end]
+        stream.buffer, stream.start = stream.buffer[stream.start :] + stream.receive_at_rest(), 0
+    if (end := stream.buffer.find(b"\r\n\r\n", stream.start) + 4) < 4:
+        end = receive_head(stream, deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout))
+    stream.previous_head, stream.start = stream.buffer[stream.start : end], end
     return stream.previous_head
+
+
+def receive_head(stream: Stream, deadline: float) -> int:
+    """Receive the rest of a head; return where in the buffer it ends."""
+    stream.buffer, stream.start, checked = stream.buffer[stream.start :], 0, 0
+    while (end := stream.buffer.find(b"\r\n\r\n", max(checked - 3, 0)) + 4) < 4:
+        check_partial_head(stream.buffer, checked)
+        checked = len(stream.buffer)
+        try:
+            require(stream.receive_more(deadline), 400, "the client closed inside the head")
+            if time.monotonic() >= deadline:
+                raise ClientSilentError
+        except ClientSilentError:
+            raise HTTPError(408, "the head was not complete in time") from None
+    return end
 
 
 def is_worth_reading(data: bytes, checked: int) -> bool:
     """Return whether these bytes, of which so many were checked before, are a whole head or cannot be mended."""
     if data.find(b"\r\n\r\n", max(checked - 3, 0)) < 0:
         with suppress(HTTPError):
-            check_partial_head(data, max(checked - 1, 0))
+            check_partial_head(data, checked)
             return False  # part two holds the connection on
     return True
 
@@ -432,7 +421,7 @@ def is_worth_reading(data: bytes, checked: int) -> bool:
 def check_partial_head(data: bytes, checked: int) -> None:
     """Refuse at once, and not at the deadline, what no further byte can mend; so many bytes were checked before."""
     require(not data.startswith(b"\x16\x03"), 400, "a TLS handshake on a port without TLS")
-    require(not BAD_HEAD_BYTE.search(data, checked), 400, "a control byte or a bare CR or LF in the head")
+    require(not BAD_HEAD_BYTE.search(data, max(checked - 1, 0)), 400, "a control byte or a bare CR or LF in the head")
     is_short = len(data) < MAX_REQUEST_LINE + 4
     require(is_short or b"\r\n" in data[2 : MAX_REQUEST_LINE + 4], 414, "a request-line that does not end")
     require(len(data) <= MAX_HEAD, 431, "a head that does not end")
@@ -594,10 +583,6 @@ class Body(io.RawIOBase):
             except HTTPError as error:
                 self.failure = error.args
         raise HTTPError(*self.failure)
-
-    def readall(self) -> bytes:
-        """Of RawIOBase, whose own reads 8 KiB at a time."""
-        return b"".join(iter(partial(self.read, RECEIVE_SIZE), b""))
 
     def receive_into(self, buffer: Any) -> int:
         """Fill the buffer from the stream; return 0 at the end of the body."""
@@ -874,7 +859,7 @@ def make_framing(
     if is_closing or is_http10:
         lines += b"Connection: close\r\n" if is_closing else b"Connection: keep-alive\r\n"
     if not head.has_date:
-        lines += make_date_line(second)
+        lines += format_time("Date: {0}, {2} {1} {4} {3} GMT\r\n", second).encode()
     bound = 0 if not has_body else UNBOUNDED if length is None else length
     return Framing(lines + b"\r\n", bound, has_body, is_chunked, is_closing, bound == UNBOUNDED and not is_chunked)
 
@@ -917,12 +902,6 @@ def check_header(header: tuple[str, str]) -> tuple[str, str]:
     return name, value
 
 
-def make_date_line(second: int) -> bytes:
-    """Return the Date field line (RFC 9110 §6.6.1): email.utils brings 20 modules, and strftime obeys the locale."""
-    weekday, month, day, clock, year = time.asctime(time.gmtime(second)).split()
-    return ("Date: %s, %s %s %s %s GMT\r\n" % (weekday, day.zfill(2), month, year, clock)).encode()
-
-
 class FileWrapper:
     """wsgi.file_wrapper (PEP 3333, "Optional Platform-Specific File Handling"): a file as an iterable of blocks."""
 
@@ -958,10 +937,10 @@ def serve_connection(
             if not slot.may_wait() and not stream.has_more():
                 return True
         sock.shutdown(socket.SHUT_WR)  # the end for the client, also if a process of the application holds a copy
-    except ClientSilentError:
+    except (ClientSilentError, BlockingIOError):
         return True
     except (ClientGoneError, OSError):
-        pass  # OSError: it was reset before we first looked at it
+        pass
     sock.close()
     return False
 
@@ -989,7 +968,7 @@ def serve_request(
         if not slot.is_own() or (options.no_fork and isinstance(error, KeyboardInterrupt)):
             raise  # in a process that the application has forked, or to the debugger
         if not response:
-            if isinstance(error, (ClientSilentError, ClientGoneError)):
+            if isinstance(error, (ClientSilentError, ClientGoneError, OSError)):
                 raise  # between two requests
             line = (head or stream.buffer[stream.start :]).lstrip(b"\r\n").partition(b"\r\n")[0]
             response = Response(stream, Request("HEAD" if line.startswith(b"HEAD ") else "", line=line), True)
@@ -1041,7 +1020,7 @@ def log_access(style: str, response: Response, connection: Environ, began: float
     """Log a request that has ended: in the combined format with the seconds taken and what went wrong, or as JSON."""
     request = response.request
     facts = {
-        "client": connection["REMOTE_ADDR"] or "-", "time": make_log_time(int(time.time())),
+        "client": connection["REMOTE_ADDR"] or "-", "time": format_time("{2}/{1}/{4}:{3} +0000", int(time.time())),
         "request": request.line.decode("latin-1"), "bytes": response.sent,
         "status": response.head.status if response.head else 0,  # 0: the client went before it was answered
         "referer": request.fields.get("referer", "-"), "user_agent": request.fields.get("user-agent", "-"),
@@ -1061,11 +1040,11 @@ def log_access(style: str, response: Response, connection: Environ, began: float
     write_line(1, line)
 
 
-@lru_cache(maxsize=1)
-def make_log_time(second: int) -> str:
-    """Return the time of a log line, in UTC."""
-    _, month, day, clock, year = time.asctime(time.gmtime(second)).split()
-    return "%s/%s/%s:%s +0000" % (day.zfill(2), month, year, clock)
+@lru_cache(maxsize=2)
+def format_time(template: str, second: int) -> str:
+    """Return the time in UTC, its parts in the order of asctime(3): strftime(3) has the locale of the application."""
+    weekday, month, day, clock, year = time.asctime(time.gmtime(second)).split()
+    return template.format(weekday, month, day.zfill(2), clock, year)
 
 
 def escape(text: str) -> str:
