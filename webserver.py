@@ -206,9 +206,8 @@ HOP_BY_HOP_FIELDS = frozenset((
 
 
 # ---- 3. Stream --------------------------------------------------------------
-# The connected socket, and the bytes that were received but not consumed. Nothing else in part one receives or sends.
-# The kernel ends every wait after a second (SO_RCVTIMEO, SO_SNDTIMEO, socket(7)), which costs nothing where bytes flow.
-# Then the process looks around: is the deadline over, which is an absolute time, and do others wait for a process?
+# Nothing else in part one receives or sends. The kernel ends every wait after a second (SO_RCVTIMEO, SO_SNDTIMEO,
+# socket(7)), which costs nothing where bytes flow. Then the process looks at the deadline and whether others wait.
 
 ONE_SECOND = struct.pack("@ll", 1, 0)  # a struct timeval
 DONT_WAIT = int(socket.MSG_DONTWAIT)  # as a plain number: its enumeration costs each fork some pages
@@ -293,8 +292,8 @@ class Stream:
         """Send what was not taken at once, as long as the client goes on taking."""
         # That is seen by what it has acknowledged (SIOCOUTQ, tcp(7)): send(2) itself blocks until a third of a large
         # buffer is free, which a slow client needs more than a second for.
-        owed, deadline, pace = count_unacknowledged(self.sock), time.monotonic() + self.timeout, self.pace or Pace()
-        self.pace = pace
+        owed, deadline = count_unacknowledged(self.sock), time.monotonic() + self.timeout
+        self.pace = pace = self.pace or Pace()
         while rest:
             began, sent, owed_before = self.slot.mark_silent(), 0, owed
             with suppress(BlockingIOError):
@@ -356,10 +355,9 @@ def count_unacknowledged(sock: socket.SocketType) -> int:
 
 
 # ---- 4. Request -------------------------------------------------------------
-# In go the bytes of a head, out comes a Request that keeps every rule, or HTTPError. The parsers are pure functions of
-# bytes and so can remember: clients repeat their heads, or all lines of them but one. What is remembered was checked
+# Bytes -> a Request that keeps every rule, or HTTPError: RFC 9112 §2 to §6 and §9.3, RFC 9110 §5, §7 and §10.1.1.
+# The parsers remember, since clients repeat their heads, or all lines of them but one. What is remembered was checked
 # and is bounded, in number and size, and bytes hash with a secret: a client can neither grow it nor make it collide.
-# RFC 9112 §2 to §6 and §9.3, RFC 9110 §5, §7 and §10.1.1.
 
 
 class Request(NamedTuple):
@@ -384,8 +382,8 @@ def read_head(stream: Stream, deadline: float | None) -> bytes:
         if stream.buffer == stream.previous_head:  # the same once more: 10 % faster than to search it and hash it again
             stream.start = len(stream.buffer)
             return stream.previous_head
-    while stream.buffer[stream.start : stream.start + 3] in (b"\r", b"\r\n"):  # what old clients send behind a body
-        if deadline and time.monotonic() >= deadline:  # it begins no request
+    while stream.buffer[stream.start : stream.start + 3] in (b"\r", b"\r\n"):  # old clients send it behind a body
+        if deadline and time.monotonic() >= deadline:
             raise ClientGoneError(0)
         stream.buffer, stream.start = stream.buffer[stream.start :] + stream.receive_at_rest(), 0
     if (end := stream.buffer.find(b"\r\n\r\n", stream.start) + 4) < 4:
@@ -401,9 +399,9 @@ def receive_head(stream: Stream, deadline: float) -> int:
         check_partial_head(stream.buffer, checked)
         checked = len(stream.buffer)
         try:
-            require(stream.receive_more(deadline), 400, "the client closed inside the head")
-            if time.monotonic() >= deadline:
+            if time.monotonic() >= deadline:  # before a wait: a client that always sends one more byte ends none
                 raise ClientSilentError
+            require(stream.receive_more(deadline), 400, "the client closed inside the head")
         except ClientSilentError:
             raise HTTPError(408, "the head was not complete in time") from None
     return end
@@ -449,8 +447,7 @@ def parse_head(head: bytes) -> tuple[Request, Environ]:
     options = parse_list(fields["connection"]) if "connection" in fields else ()
     is_persistent = "close" not in options and (version != "HTTP/1.0" or "keep-alive" in options)
     expectations = parse_list(fields["expect"]) if "expect" in fields else ()
-    if expectations and {*expectations} != {"100-continue"}:
-        raise HTTPError(417, "an expectation other than 100-continue")
+    require({*expectations} <= {"100-continue"}, 417, "an expectation other than 100-continue")
     expects_continue = bool(expectations) and version != "HTTP/1.0"  # which knows none (RFC 9110 §10.1.1)
     request = Request(method, target, path, query, version, fields, length, is_persistent, expects_continue, line)
     return request, make_request_environ(request)
@@ -508,17 +505,16 @@ def parse_field_line(line: bytes) -> tuple[str, str]:
 
 def parse_list(value: str) -> list[str]:
     """Return the members of a list, in lower case and without the empty ones (RFC 9110 §5.6.1)."""
-    return list(filter(None, [member.strip(" \t") for member in value.lower().split(",")]))
+    return [member.strip(" \t") for member in value.lower().split(",") if member.strip(" \t")]
 
 
 def check_host(host: bytes, detail: str) -> None:
     """Refuse what is not uri-host [ ":" port ]; an http URI has no empty host (RFC 9110 §4.2.1)."""
     match = HOST.fullmatch(host)
     try:
-        is_valid = bool(match and (not match[1] or socket.inet_pton(socket.AF_INET6, match[1].decode())))
+        require(match and (not match[1] or socket.inet_pton(socket.AF_INET6, match[1].decode())), 400, detail)
     except OSError:
-        is_valid = False
-    require(is_valid, 400, detail)
+        raise HTTPError(400, detail) from None
 
 
 def parse_framing(version: str, fields: dict[str, str]) -> int | None:
@@ -544,10 +540,9 @@ def parse_framing(version: str, fields: dict[str, str]) -> int | None:
 
 
 # ---- 5. Body ----------------------------------------------------------------
-# Exactly the bytes of one message body, and not one of the request behind it: of a sized body one piece, of a chunked
-# one a row of pieces. An io.RawIOBase, of which io.BufferedReader makes what PEP 3333 asks of wsgi.input. Reading
-# raises HTTPError when the client breaks the framing, is silent too long or exceeds the limit, and the failure stays
-# in `failure`: the application may have swallowed it, but its answer would be made from half a body.
+# Exactly the bytes of one message body: an io.RawIOBase, of which io.BufferedReader makes what PEP 3333 asks of
+# wsgi.input. Reading raises HTTPError when the client breaks the framing, is silent too long or exceeds the limit. The
+# `failure` is kept: the application may swallow the exception, but its answer would be made from half a body.
 
 
 class Body(io.RawIOBase):
@@ -840,12 +835,11 @@ class Response:
         return framing
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64)  # for a response that repeats within a second
 def make_framing(
     head: ResponseHead, method: str, version: str, size: int | None, is_closing: bool, second: int
 ) -> Framing:
-    """Return the framing of a response (RFC 9112 §6.3): one look-up for a response that repeats within a second."""
-    # The size is that of the body, if it is known from elsewhere than its head.
+    """Return the framing of a response, for a body of this size if it is known from elsewhere than its head."""
     lines, length, is_http10 = head.lines, head.length, version == "HTTP/1.0"
     has_body = method != "HEAD" and head.status not in (204, 304)  # RFC 9110 §6.4.1
     if length is None and (size or has_body):
@@ -907,14 +901,11 @@ class FileWrapper:
 
     def __init__(self, file: Any, block_size: int = RECEIVE_SIZE) -> None:
         self.file, self.block_size = file, block_size
+        if hasattr(file, "close"):
+            self.close = file.close
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(partial(self.file.read, self.block_size), b"")
-
-    def close(self) -> None:
-        """Close the file, if it can be closed."""
-        if hasattr(self.file, "close"):
-            self.file.close()
 
 
 # ---- 8. Connection ----------------------------------------------------------
@@ -926,8 +917,7 @@ def serve_connection(
     application: Application, options: Options, sock: socket.SocketType, address: Any, slot: Slot,
     deadline: float | None = None,
 ) -> bool:  # fmt: skip
-    """Serve the requests of a connection; return True if it is at rest then, False if it is closed."""
-    # A head that has begun must be complete by the deadline.
+    """Serve the requests of a connection, the first head of which has a deadline; return whether it is at rest then."""
     try:
         stream = Stream(sock, slot, options.timeout)
         environ = make_connection_environ(sock, address, not options.no_fork)
@@ -1056,9 +1046,8 @@ def write_line(fd: int, line: str) -> None:
     """Write one line of a log, whole or not at all: a log that nobody takes any more must not stop the service."""
     # One write(2) of up to PIPE_BUF bytes is never mixed with another's, and does not block where select(2) says so,
     # but for the moment in which another process was faster.
-    data = line.encode("utf-8", "backslashreplace")
-    if len(data) >= select.PIPE_BUF:  # cut, but between two characters
-        data = data[: select.PIPE_BUF - 1].decode("utf-8", "ignore").encode()
+    data = line.encode("utf-8", "backslashreplace")[: select.PIPE_BUF - 1]
+    data = data.decode("utf-8", "ignore").encode()  # cut between two characters
     try:
         if select.select([], [fd], [], 0)[1]:
             os.write(fd, data + b"\n")
