@@ -1305,8 +1305,8 @@ class Slot:
     def attach(self, board: Scoreboard, index: int) -> None:
         """Have this place from now on, for this process."""
         self.board, self.index = board, index
-        self.since, self.leave_by, self.orders = board.since, board.leave_by, board.orders
         self.write = partial(RECORD.pack_into, board.memory, 48 + index * SLOT_SIZE)
+        self.since, self.leave_by, self.orders = board.since, board.leave_by, board.orders
         self.pid, self.parent = os.getpid(), os.getppid()
 
     def mark_waiting(self, is_waiting: bool) -> None:
