@@ -212,9 +212,8 @@ HOP_BY_HOP_FIELDS = frozenset((
 
 
 # ---- 3. Stream --------------------------------------------------------------
-# The connected socket, and the bytes that were received but not consumed. Nothing else in part one receives or sends.
-# The kernel ends every wait after a second (SO_RCVTIMEO, SO_SNDTIMEO, socket(7)), which costs nothing where bytes flow.
-# Then the process looks around: is the deadline over, which is an absolute time, and do others wait for a process?
+# Nothing else in part one receives or sends. The kernel ends every wait after a second (SO_RCVTIMEO, SO_SNDTIMEO,
+# socket(7)), which costs nothing where bytes flow. Then the process looks at the deadline and whether others wait.
 
 ONE_SECOND = struct.pack("@ll", 1, 0)  # a struct timeval
 DONT_WAIT = int(socket.MSG_DONTWAIT)  # as a plain number: its enumeration costs each fork some pages
@@ -223,9 +222,8 @@ DONT_WAIT = int(socket.MSG_DONTWAIT)  # as a plain number: its enumeration costs
 class Stream:
     """Owns a connected socket and the bytes received from it but not yet consumed."""
 
-    # What it does with the socket raises ClientGoneError when there is no client any more. What receives raises
-    # ClientSilentError when nothing comes for the timeout, when less comes than `Pace` asks for, or, while others wait
-    # for a process, when nothing comes for a second.
+    # ClientGoneError: there is no client any more. ClientSilentError: nothing has come for the timeout, or less than
+    # `Pace` asks for, or, while others wait for a process, nothing for a second.
     __slots__ = ("buffer", "pace", "previous_head", "slot", "sock", "start", "timeout")
 
     def __init__(self, sock: socket.SocketType, slot: Slot, timeout: float) -> None:
@@ -239,46 +237,33 @@ class Stream:
         return self.start != len(self.buffer)
 
     def receive_at_rest(self) -> bytes:
-        """Return the first bytes of a request; ClientSilentError if none come for a second."""
-        self.slot.mark_silent()
+        """Return the first bytes of a request; OSError as the socket raises it, BlockingIOError after a second."""
         self.pace = None
-        try:
-            received = self.sock.recv(RECEIVE_SIZE)
-        except BlockingIOError:
-            raise ClientSilentError from None
-        except OSError as error:
-            raise ClientGoneError(0) from error
-        if not received:
-            raise ClientGoneError(0)
-        return received
+        if received := self.sock.recv(RECEIVE_SIZE):
+            return received
+        raise ClientGoneError(0)
 
-    def wait_for(self, operation: Callable[[Any], Any], argument: Any, deadline: float | None = None) -> Any:
-        """Return what an operation of the socket returns that receives; b"" or 0 if the client has ended its side."""
+    def receive_more(self, deadline: float | None = None) -> bool:
+        """Add what the client sends next to the buffer; return False if it has ended its side."""
         began = self.slot.mark_silent()  # from here on it is the client that is waited for
         while True:
             try:
-                received = operation(argument)
+                received = self.sock.recv(RECEIVE_SIZE)
                 break
             except BlockingIOError:
                 if self.slot.is_pressed() or time.monotonic() >= (deadline or began + self.timeout):
                     raise ClientSilentError from None
             except OSError as error:
                 raise ClientGoneError(0) from error
-        count = received if isinstance(received, int) else len(received)
         self.pace = self.pace or Pace()
-        self.pace.add(self.slot.mark_progress() - began, count, self.slot.is_pressed())
-        return received
-
-    def receive_more(self, deadline: float | None = None) -> bool:
-        """Add what the client sends next to the buffer; return False if it has ended its side."""
-        received = self.wait_for(self.sock.recv, RECEIVE_SIZE, deadline)
+        self.pace.add(self.slot.mark_progress() - began, len(received), self.slot.is_pressed())
         self.buffer, self.start = self.buffer[self.start :] + received, 0
         return bool(received)
 
     def receive_into(self, view: memoryview) -> int:
         """Fill the view with bytes not consumed yet, or else with new ones; return their number, 0 at the end."""
         if not self.has_more():
-            return int(self.wait_for(self.sock.recv_into, view))
+            self.receive_more()
         taken = self.buffer[self.start : self.start + len(view)]
         self.start += len(taken)
         view[: len(taken)] = taken
@@ -294,8 +279,7 @@ class Stream:
         return line[:-1]
 
     def send(self, data: bytes, *more: bytes) -> None:
-        """Send all the data, large parts without a copy: that is progress. ClientGoneError tells how much was sent."""
-        self.slot.mark_progress()
+        """Send all the data, large parts without a copy; ClientGoneError tells how much of it was sent."""
         sent, size = 0, len(data) + sum(map(len, more)) if more else len(data)
         try:
             try:
@@ -314,8 +298,8 @@ class Stream:
         """Send what was not taken at once, as long as the client goes on taking."""
         # That is seen by what it has acknowledged (SIOCOUTQ, tcp(7)): send(2) itself blocks until a third of a large
         # buffer is free, which a slow client needs more than a second for.
-        owed, deadline, pace = count_unacknowledged(self.sock), time.monotonic() + self.timeout, self.pace or Pace()
-        self.pace = pace
+        owed, deadline = count_unacknowledged(self.sock), time.monotonic() + self.timeout
+        self.pace = pace = self.pace or Pace()
         while rest:
             began, sent, owed_before = self.slot.mark_silent(), 0, owed
             with suppress(BlockingIOError):
@@ -334,7 +318,7 @@ class Stream:
         with suppress(OSError, ClientSilentError):  # gone: it is over
             self.sock.shutdown(socket.SHUT_WR)
             while (now := self.slot.mark_silent()) < began + LINGER_TIMEOUT:
-                is_calm = self.slot.is_calm()  # else there is no time but for what is here already
+                is_calm = not self.slot.orders[0]  # else there is no time but for what is here already
                 try:
                     if not self.sock.recv(RECEIVE_SIZE, 0 if is_calm else DONT_WAIT):
                         return
@@ -377,10 +361,9 @@ def count_unacknowledged(sock: socket.SocketType) -> int:
 
 
 # ---- 4. Request -------------------------------------------------------------
-# In go the bytes of a head, out comes a Request that keeps every rule, or HTTPError. The parsers are pure functions of
-# bytes and so can remember: clients repeat their heads, or all lines of them but one. What is remembered was checked
+# Bytes -> a Request that keeps every rule, or HTTPError: RFC 9112 §2 to §6 and §9.3, RFC 9110 §5, §7 and §10.1.1.
+# The parsers remember, since clients repeat their heads, or all lines of them but one. What is remembered was checked
 # and is bounded, in number and size, and bytes hash with a secret: a client can neither grow it nor make it collide.
-# RFC 9112 §2 to §6 and §9.3, RFC 9110 §5, §7 and §10.1.1.
 
 
 class Request(NamedTuple):
@@ -399,40 +382,42 @@ class Request(NamedTuple):
 
 
 def read_head(stream: Stream, deadline: float | None) -> bytes:
-    """Return the next head with its empty line: in the common case by one recv, and without a look at the clock."""
-    # ClientSilentError: none begins. HTTPError: it cannot be good, or is not whole by the deadline.
-    if stream.start != len(stream.buffer):
-        data, start = stream.buffer, stream.start
-        stream.buffer, stream.start = b"", 0
-    else:
-        data, start = stream.receive_at_rest(), 0
-        if data == stream.previous_head:  # the same once more: 10 % faster than to search it and hash it again
+    """Return the next head with its empty line; HTTPError if it cannot be good, or is not whole by the deadline."""
+    if not stream.has_more():
+        stream.buffer, stream.start = stream.receive_at_rest(), 0
+        if stream.buffer == stream.previous_head:  # the same once more: 10 % faster than to search it and hash it again
+            stream.start = len(stream.buffer)
             return stream.previous_head
-    while data[start : start + 3] in (b"\r", b"\r\n"):  # what old clients send behind a body begins no request
+    while stream.buffer[stream.start : stream.start + 3] in (b"\r", b"\r\n"):  # old clients send it behind a body
         if deadline and time.monotonic() >= deadline:
             raise ClientGoneError(0)
-        data, start = data[start:] + stream.receive_at_rest(), 0
-    if (end := data.find(b"\r\n\r\n", start) + 4) < 4:
-        stream.buffer, stream.start, checked = data[start:], 0, 0
-        deadline = deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout)
-        while (end := stream.buffer.find(b"\r\n\r\n", max(checked - 2, 0)) + 4) < 4:
-            check_partial_head(stream.buffer, checked)
-            checked = len(stream.buffer) - 1
-            require(time.monotonic() < deadline, 408, "the head was not complete in time")
-            try:
-                require(stream.receive_more(deadline), 400, "the client closed inside the head")
-            except ClientSilentError:
-                raise HTTPError(408, "the head was not complete in time") from None
-        data, start = stream.buffer, 0
-    stream.buffer, stream.start, stream.previous_head = data, end, data[start:end]
+        stream.buffer, stream.start = stream.buffer[stream.start :] + stream.receive_at_rest(), 0
+    if (end := stream.buffer.find(b"\r\n\r\n", stream.start) + 4) < 4:
+        end = receive_head(stream, deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout))
+    stream.previous_head, stream.start = stream.buffer[stream.start : end], end
     return stream.previous_head
+
+
+def receive_head(stream: Stream, deadline: float) -> int:
+    """Receive the rest of a head; return where in the buffer it ends."""
+    stream.buffer, stream.start, checked = stream.buffer[stream.start :], 0, 0
+    while (end := stream.buffer.find(b"\r\n\r\n", max(checked - 3, 0)) + 4) < 4:
+        check_partial_head(stream.buffer, checked)
+        checked = len(stream.buffer)
+        try:
+            if time.monotonic() >= deadline:  # before a wait: a client that always sends one more byte ends none
+                raise ClientSilentError
+            require(stream.receive_more(deadline), 400, "the client closed inside the head")
+        except ClientSilentError:
+            raise HTTPError(408, "the head was not complete in time") from None
+    return end
 
 
 def is_worth_reading(data: bytes, checked: int) -> bool:
     """Return whether these bytes, of which so many were checked before, are a whole head or cannot be mended."""
     if data.find(b"\r\n\r\n", max(checked - 3, 0)) < 0:
         with suppress(HTTPError):
-            check_partial_head(data, max(checked - 1, 0))
+            check_partial_head(data, checked)
             return False  # part two holds the connection on
     return True
 
@@ -440,7 +425,7 @@ def is_worth_reading(data: bytes, checked: int) -> bool:
 def check_partial_head(data: bytes, checked: int) -> None:
     """Refuse at once, and not at the deadline, what no further byte can mend; so many bytes were checked before."""
     require(not data.startswith(b"\x16\x03"), 400, "a TLS handshake on a port without TLS")
-    require(not BAD_HEAD_BYTE.search(data, checked), 400, "a control byte or a bare CR or LF in the head")
+    require(not BAD_HEAD_BYTE.search(data, max(checked - 1, 0)), 400, "a control byte or a bare CR or LF in the head")
     is_short = len(data) < MAX_REQUEST_LINE + 4
     require(is_short or b"\r\n" in data[2 : MAX_REQUEST_LINE + 4], 414, "a request-line that does not end")
     require(len(data) <= MAX_HEAD, 431, "a head that does not end")
@@ -468,8 +453,7 @@ def parse_head(head: bytes) -> tuple[Request, Environ]:
     options = parse_list(fields["connection"]) if "connection" in fields else ()
     is_persistent = "close" not in options and (version != "HTTP/1.0" or "keep-alive" in options)
     expectations = parse_list(fields["expect"]) if "expect" in fields else ()
-    if expectations and {*expectations} != {"100-continue"}:
-        raise HTTPError(417, "an expectation other than 100-continue")
+    require({*expectations} <= {"100-continue"}, 417, "an expectation other than 100-continue")
     expects_continue = bool(expectations) and version != "HTTP/1.0"  # which knows none (RFC 9110 §10.1.1)
     request = Request(method, target, path, query, version, fields, length, is_persistent, expects_continue, line)
     return request, make_request_environ(request)
@@ -527,17 +511,16 @@ def parse_field_line(line: bytes) -> tuple[str, str]:
 
 def parse_list(value: str) -> list[str]:
     """Return the members of a list, in lower case and without the empty ones (RFC 9110 §5.6.1)."""
-    return list(filter(None, [member.strip(" \t") for member in value.lower().split(",")]))
+    return [member.strip(" \t") for member in value.lower().split(",") if member.strip(" \t")]
 
 
 def check_host(host: bytes, detail: str) -> None:
     """Refuse what is not uri-host [ ":" port ]; an http URI has no empty host (RFC 9110 §4.2.1)."""
     match = HOST.fullmatch(host)
     try:
-        is_valid = bool(match and (not match[1] or socket.inet_pton(socket.AF_INET6, match[1].decode())))
+        require(match and (not match[1] or socket.inet_pton(socket.AF_INET6, match[1].decode())), 400, detail)
     except OSError:
-        is_valid = False
-    require(is_valid, 400, detail)
+        raise HTTPError(400, detail) from None
 
 
 def parse_framing(version: str, fields: dict[str, str]) -> int | None:
@@ -563,10 +546,9 @@ def parse_framing(version: str, fields: dict[str, str]) -> int | None:
 
 
 # ---- 5. Body ----------------------------------------------------------------
-# Exactly the bytes of one message body, and not one of the request behind it: of a sized body one piece, of a chunked
-# one a row of pieces. An io.RawIOBase, of which io.BufferedReader makes what PEP 3333 asks of wsgi.input. Reading
-# raises HTTPError when the client breaks the framing, is silent too long or exceeds the limit, and the failure stays
-# in `failure`: the application may have swallowed it, but its answer would be made from half a body.
+# Exactly the bytes of one message body: an io.RawIOBase, of which io.BufferedReader makes what PEP 3333 asks of
+# wsgi.input. Reading raises HTTPError when the client breaks the framing, is silent too long or exceeds the limit. The
+# `failure` is kept: the application may swallow the exception, but its answer would be made from half a body.
 
 
 class Body(io.RawIOBase):
@@ -602,10 +584,6 @@ class Body(io.RawIOBase):
             except HTTPError as error:
                 self.failure = error.args
         raise HTTPError(*self.failure)
-
-    def readall(self) -> bytes:
-        """Of RawIOBase, whose own reads 8 KiB at a time."""
-        return b"".join(iter(partial(self.read, RECEIVE_SIZE), b""))
 
     def receive_into(self, buffer: Any) -> int:
         """Fill the buffer from the stream; return 0 at the end of the body."""
@@ -710,7 +688,7 @@ def make_request_environ(request: Request) -> Environ:
 
 def run_application(application: Application, environ: Environ, response: Response) -> None:
     """Call the application and send what it gives (PEP 3333, "Specification Details")."""
-    blocks = application(environ, make_start_response(response))
+    blocks = application(environ, response.start_response)
     try:
         if isinstance(blocks, (list, tuple)):
             response.send(b"".join(blocks), is_last=True)  # all there is: its length can be told
@@ -724,29 +702,6 @@ def run_application(application: Application, environ: Environ, response: Respon
     finally:
         if hasattr(blocks, "close"):
             blocks.close()
-
-
-def make_start_response(response: Response) -> StartResponse:
-    """Return the start_response of one request (PEP 3333, "The start_response() Callable")."""
-
-    def start_response(status: str, response_headers: list[tuple[str, str]], exc_info: Any = None) -> Write:
-        """Take over the head; with exc_info in place of an earlier one, if that was not sent."""
-        try:
-            if exc_info and response.framing:
-                raise exc_info[1].with_traceback(exc_info[2])
-            if response.head and not exc_info:
-                raise AssertionError("start_response was called a second time without exc_info")
-        finally:
-            exc_info = None  # it refers to this frame: a circle that only the garbage collector could break
-        try:
-            if not isinstance(response_headers, list):
-                raise TypeError
-            response.head = parse_response_head(status, tuple(response_headers))
-        except TypeError:
-            raise TypeError("not a status and a list of (name, value): %r, %r" % (status, response_headers)) from None
-        return response.write
-
-    return start_response
 
 
 class ResponseHead(NamedTuple):
@@ -770,24 +725,37 @@ class Framing(NamedTuple):
     is_ended_by_close: bool  # only that tells the client that the body is complete
 
 
-UNREAD = Request()
-
-
 class Response:
     """Owns the response to one request: its head until the first block, and how much of its body was sent."""
 
     __slots__ = ("body", "drops_blocks", "framing", "head", "is_closing", "is_complete", "request", "sent", "stream")
 
-    def __init__(self, stream: Stream) -> None:
-        self.stream = stream
-        self.request = UNREAD
+    def __init__(self, stream: Stream, request: Request, is_closing: bool) -> None:
+        self.stream, self.request = stream, request
+        self.is_closing = is_closing  # the connection ends with this response
         self.body: Body | None = None  # of the request
         self.head: ResponseHead | None = None  # what start_response was told
         self.framing: Framing | None = None  # once the head is sent
         self.sent = 0  # bytes of the body
-        self.is_closing = False  # by what the request, or the server, wants
         self.drops_blocks = False  # the rest of what the application gives: there is no body, or it is too long
         self.is_complete = False
+
+    def start_response(self, status: str, response_headers: list[tuple[str, str]], exc_info: Any = None) -> Write:
+        """Take over the head, with exc_info in place of one not sent (PEP 3333, "The start_response() Callable")."""
+        try:
+            if exc_info and self.framing:
+                raise exc_info[1].with_traceback(exc_info[2])
+            if self.head and not exc_info:
+                raise AssertionError("start_response was called a second time without exc_info")
+        finally:
+            exc_info = None  # it refers to this frame: a circle that only the garbage collector could break
+        try:
+            if not isinstance(response_headers, list):
+                raise TypeError
+            self.head = parse_response_head(status, tuple(response_headers))
+        except TypeError:
+            raise TypeError("not a status and a list of (name, value): %r, %r" % (status, response_headers)) from None
+        return self.write
 
     def write(self, block: bytes) -> None:
         """Send a block of the body (PEP 3333, "The write() Callable")."""
@@ -830,6 +798,8 @@ class Response:
                 self.stream.reset_on_close(False)
             elif self.sent < framing.length != UNBOUNDED:
                 raise ValueError("the body has %d bytes, its Content-Length is %d" % (self.sent, framing.length))
+        elif block:
+            self.stream.slot.mark_progress()
 
     def send_file(self, file: Any) -> bool:
         """Send a regular file in large blocks; return whether it could be sent so."""
@@ -848,6 +818,7 @@ class Response:
         while block := os.pread(fd, int(min(framing.length - self.sent, FILE_BLOCK_SIZE)), offset + self.sent):
             self.stream.send(block)
             self.sent += len(block)
+            self.stream.slot.mark_progress()
         return True
 
     def frame(self, size: int | None) -> Framing:
@@ -860,7 +831,7 @@ class Response:
             self.is_closing |= self.body.awaits_continue  # the body may come or not
             self.body.awaits_continue = False
         slot = self.stream.slot
-        if not slot.is_calm():  # under pressure, who has sent more requests already must queue for them
+        if slot.orders[0]:  # under pressure, a client that has sent more requests already must queue for them
             self.is_closing |= slot.is_stopping() or (slot.is_pressed() and not self.body and self.stream.has_more())
         method, version, second = self.request.method, self.request.version, int(time.time())
         framing = make_framing(self.head, method, version, size, self.is_closing, second)
@@ -870,12 +841,11 @@ class Response:
         return framing
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64)  # for a response that repeats within a second
 def make_framing(
     head: ResponseHead, method: str, version: str, size: int | None, is_closing: bool, second: int
 ) -> Framing:
-    """Return the framing of a response (RFC 9112 §6.3): one look-up for a response that repeats within a second."""
-    # The size is that of the body, if it is known from elsewhere than its head.
+    """Return the framing of a response, for a body of this size if it is known from elsewhere than its head."""
     lines, length, is_http10 = head.lines, head.length, version == "HTTP/1.0"
     has_body = method != "HEAD" and head.status not in (204, 304)  # RFC 9110 §6.4.1
     if length is None and (size or has_body):
@@ -889,7 +859,7 @@ def make_framing(
     if is_closing or is_http10:
         lines += b"Connection: close\r\n" if is_closing else b"Connection: keep-alive\r\n"
     if not head.has_date:
-        lines += make_date_line(second)
+        lines += format_time("Date: {0}, {2} {1} {4} {3} GMT\r\n", second).encode()
     bound = 0 if not has_body else UNBOUNDED if length is None else length
     return Framing(lines + b"\r\n", bound, has_body, is_chunked, is_closing, bound == UNBOUNDED and not is_chunked)
 
@@ -932,25 +902,16 @@ def check_header(header: tuple[str, str]) -> tuple[str, str]:
     return name, value
 
 
-def make_date_line(second: int) -> bytes:
-    """Return the Date field line (RFC 9110 §6.6.1): email.utils brings 20 modules, and strftime obeys the locale."""
-    weekday, month, day, clock, year = time.asctime(time.gmtime(second)).split()
-    return ("Date: %s, %s %s %s %s GMT\r\n" % (weekday, day.zfill(2), month, year, clock)).encode()
-
-
 class FileWrapper:
     """wsgi.file_wrapper (PEP 3333, "Optional Platform-Specific File Handling"): a file as an iterable of blocks."""
 
     def __init__(self, file: Any, block_size: int = RECEIVE_SIZE) -> None:
         self.file, self.block_size = file, block_size
+        if hasattr(file, "close"):
+            self.close = file.close
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(partial(self.file.read, self.block_size), b"")
-
-    def close(self) -> None:
-        """Close the file, if it can be closed."""
-        if hasattr(self.file, "close"):
-            self.file.close()
 
 
 # ---- 8. Connection ----------------------------------------------------------
@@ -962,20 +923,20 @@ def serve_connection(
     application: Application, options: Options, sock: socket.SocketType, address: Any, slot: Slot,
     deadline: float | None = None,
 ) -> bool:  # fmt: skip
-    """Serve the requests of a connection; return True if it is at rest then, False if it is closed."""
-    # A head that has begun must be complete by the deadline.
+    """Serve the requests of a connection, the first head of which has a deadline; return whether it is at rest then."""
     try:
         stream = Stream(sock, slot, options.timeout)
         environ = make_connection_environ(sock, address, not options.no_fork)
+        slot.mark_silent()
         while serve_request(application, options, stream, environ, deadline):
             deadline = None
             if not slot.may_wait() and not stream.has_more():
                 return True
         sock.shutdown(socket.SHUT_WR)  # the end for the client, also if a process of the application holds a copy
-    except ClientSilentError:
+    except (ClientSilentError, BlockingIOError):
         return True
     except (ClientGoneError, OSError):
-        pass  # OSError: it was reset before we first looked at it
+        pass
     sock.close()
     return False
 
@@ -984,15 +945,15 @@ def serve_request(
     application: Application, options: Options, stream: Stream, shared: Environ, deadline: float | None
 ) -> bool:
     """Serve the next request; return whether another may follow. ClientSilentError, ClientGoneError: there is none."""
-    response, slot, head, began, detail = Response(stream), stream.slot, b"", 0.0, ""
+    slot, head, began, detail = stream.slot, b"", 0.0, ""
+    response: Response | None = None
     try:
         # Step 1: read the head and interpret it.
         head = read_head(stream, deadline)
         request, variables = (parse_head if len(head) <= MAX_REMEMBERED else parse_head.__wrapped__)(head)
         # Step 2: make the environ. The body is read when the application reads it.
         began = slot.mark_busy(request.line)
-        response.request = request
-        response.is_closing = not (request.is_persistent and options.keep_alive)
+        response = Response(stream, request, not (request.is_persistent and options.keep_alive))
         environ = {**variables, **shared, "webserver.requests": slot.requests, "wsgi.input": io.BytesIO()}
         if request.length != 0:
             response.body = Body(stream, request, options.limit_request_body)
@@ -1002,11 +963,11 @@ def serve_request(
     except BaseException as error:  # SystemExit in an application is an error like any other
         if not slot.is_own() or (options.no_fork and isinstance(error, KeyboardInterrupt)):
             raise  # in a process that the application has forked, or to the debugger
-        if not began:
-            if isinstance(error, (ClientSilentError, ClientGoneError)):
+        if not response:
+            if isinstance(error, (ClientSilentError, ClientGoneError, OSError)):
                 raise  # between two requests
             line = (head or stream.buffer[stream.start :]).lstrip(b"\r\n").partition(b"\r\n")[0]
-            response.request = Request("HEAD" if line.startswith(b"HEAD ") else "", line=line)
+            response = Response(stream, Request("HEAD" if line.startswith(b"HEAD ") else "", line=line), True)
         # Step 4: answer what went wrong.
         detail = recover(response, error)
     # Step 5: log it, and leave the connection in a state in which the next request can be read, or end it.
@@ -1035,6 +996,7 @@ def recover(response: Response, error: BaseException) -> str:
         elif response.framing and response.framing.is_ended_by_close and not response.is_complete:
             response.stream.sock.close()  # by a reset: a plain end would mean that the body is complete
     if not isinstance(error, (HTTPError, ClientGoneError)):  # last: to format it may take long, or fail
+        response.stream.slot.mark_progress()
         log_exception(error, response.request.line)
     return str(detail)
 
@@ -1054,7 +1016,7 @@ def log_access(style: str, response: Response, connection: Environ, began: float
     """Log a request that has ended: in the combined format with the seconds taken and what went wrong, or as JSON."""
     request = response.request
     facts = {
-        "client": connection["REMOTE_ADDR"] or "-", "time": make_log_time(int(time.time())),
+        "client": connection["REMOTE_ADDR"] or "-", "time": format_time("{2}/{1}/{4}:{3} +0000", int(time.time())),
         "request": request.line.decode("latin-1"), "bytes": response.sent,
         "status": response.head.status if response.head else 0,  # 0: the client went before it was answered
         "referer": request.fields.get("referer", "-"), "user_agent": request.fields.get("user-agent", "-"),
@@ -1074,11 +1036,11 @@ def log_access(style: str, response: Response, connection: Environ, began: float
     write_line(1, line)
 
 
-@lru_cache(maxsize=1)
-def make_log_time(second: int) -> str:
-    """Return the time of a log line, in UTC."""
-    _, month, day, clock, year = time.asctime(time.gmtime(second)).split()
-    return "%s/%s/%s:%s +0000" % (day.zfill(2), month, year, clock)
+@lru_cache(maxsize=2)
+def format_time(template: str, second: int) -> str:
+    """Return the time in UTC, its parts in the order of asctime(3): strftime(3) has the locale of the application."""
+    weekday, month, day, clock, year = time.asctime(time.gmtime(second)).split()
+    return template.format(weekday, month, day.zfill(2), clock, year)
 
 
 def escape(text: str) -> str:
@@ -1090,9 +1052,8 @@ def write_line(fd: int, line: str) -> None:
     """Write one line of a log, whole or not at all: a log that nobody takes any more must not stop the service."""
     # One write(2) of up to PIPE_BUF bytes is never mixed with another's, and does not block where select(2) says so,
     # but for the moment in which another process was faster.
-    data = line.encode("utf-8", "backslashreplace")
-    if len(data) >= select.PIPE_BUF:  # cut, but between two characters
-        data = data[: select.PIPE_BUF - 1].decode("utf-8", "ignore").encode()
+    data = line.encode("utf-8", "backslashreplace")[: select.PIPE_BUF - 1]
+    data = data.decode("utf-8", "ignore").encode()  # cut between two characters
     try:
         if select.select([], [fd], [], 0)[1]:
             os.write(fd, data + b"\n")
@@ -1331,18 +1292,19 @@ class Slot:
     """Owns a place on the scoreboard, in which the process that serves says what it does."""
 
     __slots__ = (
-        "board", "client", "index", "is_one_of_many", "is_orphan", "leave_by", "looked_at", "orders", "parent", "pid",
-        "requests", "since",
+        "board", "client", "index", "leave_by", "look_at", "orders", "parent", "pid", "requests", "since", "write",
     )  # fmt: skip
 
     def __init__(self, board: Scoreboard, is_one_of_many: bool = True) -> None:
-        self.client, self.requests, self.looked_at, self.is_orphan = b"", 0, 0.0, False
-        self.is_one_of_many = is_one_of_many  # processes: else all other clients wait for this one
+        self.client, self.requests, self.look_at = b"", 0, 0.0
         self.attach(board, 0, os.getpid())
+        if not is_one_of_many:  # processes: this one never waits for a client, or all others would wait, too
+            self.leave_by[0] = UNBOUNDED
 
     def attach(self, board: Scoreboard, index: int, pid: int) -> None:
         """Have this place from now on, for the process with this pid."""
         self.board, self.index = board, index
+        self.write = partial(RECORD.pack_into, board.memory, 48 + index * SLOT_SIZE)
         self.since, self.leave_by, self.orders = board.since, board.leave_by, board.orders
         self.pid, self.parent = pid, os.getppid()
 
@@ -1361,7 +1323,7 @@ class Slot:
     def mark_busy(self, line: bytes) -> float:
         """A request is in hand; return the time."""
         self.requests += 1
-        RECORD.pack_into(self.board.memory, 48 + self.index * SLOT_SIZE, self.requests, self.client, line)
+        self.write(self.requests, self.client, line)
         now = self.since[self.index] = time.monotonic()
         return now
 
@@ -1369,10 +1331,6 @@ class Slot:
         """The request in hand has made progress; return the time."""
         now = self.since[self.index] = time.monotonic()
         return now
-
-    def is_calm(self) -> bool:
-        """Return whether the parent has given no order: the common case."""
-        return not self.orders[0]
 
     def is_stopping(self) -> bool:
         """Return whether the server stops: connections end with their next response."""
@@ -1391,13 +1349,16 @@ class Slot:
         return self.pid == os.getpid()
 
     def may_wait(self) -> bool:
-        """Return whether the next request may be waited for; give way where the parent needs the processor to fork."""
-        orders, now = self.orders[0], self.since[self.index]
+        """The request is done: return whether the next one may be waited for; give way to a parent that must fork."""
+        now, orders = time.monotonic(), self.orders[0]
+        self.since[self.index] = -now
         if orders & WANTED:
-            give_way()  # it competes with all busy children, and newcomers wait for it
-        if now > self.looked_at + TICK:  # to ask the kernel after each request would cost 3 %
-            self.looked_at, self.is_orphan = now, os.getppid() != self.parent
-        return self.is_one_of_many and not (orders & PRESSED or self.leave_by[self.index] or self.is_orphan)
+            give_way()  # the parent competes with all busy children, and newcomers wait for it
+        if now > self.look_at:  # to ask the kernel after each request would cost 3 %
+            self.look_at = now + TICK
+            if os.getppid() != self.parent:
+                self.leave_by[self.index] = now
+        return not (self.leave_by[self.index] or orders & PRESSED)
 
 
 # ---- 12. Child --------------------------------------------------------------
