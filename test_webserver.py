@@ -1513,11 +1513,14 @@ def test_drains_an_unread_body_up_to_a_bound() -> None:
             assert paths in (["/"], ["/", "/next"]) and len(served.answers) == len(paths)
 
 
+BUFFERED = webserver.Options().buffer_chunked
+
+
 @pytest.mark.parametrize("over", [-1, 0, 1])
 def test_collects_a_chunked_body_of_up_to_1_mib_and_streams_a_larger_one(over: int) -> None:
     """The first has a CONTENT_LENGTH and is chunked no more; the second none; both arrive whole."""
-    body = random.Random(over).getrandbits(8 * (webserver.MAX_COLLECTED + over)).to_bytes(
-        webserver.MAX_COLLECTED + over, "big")
+    body = random.Random(over).getrandbits(8 * (BUFFERED + over)).to_bytes(
+        BUFFERED + over, "big")
     seen = []
 
     def application(environ: dict[str, Any], start_response: Any) -> list[bytes]:
@@ -4220,7 +4223,47 @@ def test_a_limit_of_memory_ends_the_request_that_exceeds_it(tmp_path: Any) -> No
             server.go()
             assert read_answer(busy).status == 200
         assert "MemoryError" in server.errors()
-        assert '500' in server.output() and "--limit-memory" in server.output()
+        assert " 500 " in server.output() and "--limit-memory" in server.output()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts what is mapped only on Linux")
+def test_a_process_that_has_used_up_its_memory_leaves(tmp_path: Any) -> None:
+    with Running(tmp_path, "--limit-memory", "64M", "--connections-per-child", "0", app=RUNS_QUERY) as server:
+        more = make_target("x = bytearray(40_000_000)").encode()
+        with server.send("os.kept = bytearray(40_000_000)") as client:
+            pid = read_answer(client).body.decode()
+            client.sendall(get(target=more))
+            assert receive_answer(client).status == 500
+        wait_until(lambda: int(pid) not in server.children(), "the end of the process")
+        assert server.run("x = bytearray(40_000_000)") != pid
+
+
+def test_an_untouched_chunked_body_is_told_with_what_to_do(tmp_path: Any) -> None:
+    """Django and Bottle take a body without CONTENT_LENGTH for none."""
+    code = "answer = environ.get('CONTENT_LENGTH', '-') + environ['wsgi.input'].read(%s).decode()[:3]"
+    words = "--buffer-chunked", "1K"
+    with Running(tmp_path, *words, app=RUNS_QUERY) as server:
+        for size, amount, expected in ((1024, "", b"1024xxx"), (1025, "", b"-xxx"), (70_000, "0", b"-")):
+            assert "--buffer-chunked" not in server.errors()
+            with server.connect() as client:
+                head = get(b"Transfer-Encoding: chunked", target=make_target(code % amount).encode(), method=b"POST")
+                client.sendall(head + b"%x\r\n%s\r\n0\r\n\r\n" % (size, b"x" * size))
+                assert read_answer(client).body == expected
+        assert "more than 1024 bytes: raise --buffer-chunked" in server.wait_for_log("read nothing")
+
+
+def test_advice_is_given_once_where_processes_cost_much(tmp_path: Any) -> None:
+    with Running(tmp_path, app=RUNS_QUERY) as server:
+        burn = "end = time.process_time() + 0.025\nwhile time.process_time() < end: pass"
+        for _ in range(webserver.ADVICE_AFTER + 20):
+            assert "--warm-up" not in server.errors()[: -500] and server.run(burn)
+        line = server.wait_for_log("--warm-up")
+        assert re.search(r"a process takes [23]\d ms of processor and serves 1\.0 requests", line)
+        assert server.errors().count("--connections-per-child N") == 1
+        server.process.send_signal(signal.SIGUSR1)
+        line = server.wait_for_log("in all")
+        assert int(find(r"(\d+) requests", line)) >= webserver.ADVICE_AFTER
+        assert int(find(r"(\d+) ms of processor", line)) > 25 * webserver.ADVICE_AFTER
 
 
 MODULES = {
@@ -4287,7 +4330,7 @@ MISTAKES = [  # the words, the exit status, what the one line on stderr must hol
     ("-b 192.0.2.1:8000 good", 1, ["192.0.2.1"]),
     ("-b no-such-host.invalid:8000 good", (1, 2), ["no-such-host.invalid"]),
     ("-b ::1:8000 good", (1, 2), ["[::1]"]),
-    ("-b unix:no/such/folder/s good", 1, ["no/such/folder"]),
+    ("-b unix:no/such/folder/s good", 1, ["no/such/folder", "create its folder"]),
     ("-b unix: good", (1, 2), ["unix:"]),
     ("-b unix:%s good" % ("x" * 200), 1, ["unix:xxx", "too long"]),
     ("-b unix:good.py good", 1, ["good.py"]),  # a file that is no socket stays
@@ -4313,6 +4356,8 @@ MISTAKES = [  # the words, the exit status, what the one line on stderr must hol
     ("--warm-up /a#b good", 2, ["--warm-up is"]),
     ("-D", 2, ["service manager"]),
     ("-D good", 2, ["service manager"]),
+    ("--check -b 99999 good", 2, ["'99999'", "HOST:PORT"]),
+    ("--check --timeout 0 good", 2, ["timeout"]),
     ("--daemon good", 2, ["service manager"]),
     ("-c 0 good", 2, ["max-children"]),
     ("-c 99999999999 good", 2, ["max-children", "65536"]),

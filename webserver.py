@@ -123,7 +123,6 @@ MAX_FIELDS = 100  # 431; as Apache's LimitRequestFields; the same for a trailer 
 MAX_HEAD = 65536  # 431; the request-line, all field lines and the empty line
 MAX_CHUNK_LINE = 4096  # 400; a chunk-size with its extensions
 MAX_CHUNK_EXTENSIONS = 16384  # 400; of all chunks together: else 1 byte of data could cost 4096 to parse
-MAX_COLLECTED = 1 << 20  # a chunked body up to this size gets a CONTENT_LENGTH, a larger one is streamed
 MAX_DRAINED = 65536  # what a server reads of a body that the application left unread, to keep the connection
 MAX_REMEMBERED = 2048  # a head: larger ones, and their lines, are parsed anew, or they could fill the memory
 TICK = 1.0  # the clock of waiting: a process that waits looks around so often
@@ -554,13 +553,14 @@ def parse_framing(version: str, fields: dict[str, str]) -> int | None:
 class Body(io.RawIOBase):
     """Owns the framing of one message body (RFC 9112 §6 and §7)."""
 
-    def __init__(self, stream: Stream, request: Request, limit: int) -> None:
-        self.stream = stream
+    def __init__(self, stream: Stream, request: Request, limit: int, buffered: int) -> None:
+        self.stream, self.buffered = stream, buffered
         self.is_chunked = request.length is None  # until the last chunk
         self.remaining = request.length or 0  # of the body, or of the chunk in hand
         self.limit = limit - self.remaining  # what further chunks may hold
         self.awaits_continue = request.expects_continue  # until we send anything or the client does
-        self.ahead = b""  # what `add_input` has read, for the application to read first
+        self.ahead = b""  # what `add_input` has read, for the application to read first,
+        self.is_untouched = False  # which it has not done
         self.failure: tuple[int, str] | None = None  # not the exception, whose frames refer to this body
         self.extensions = 0  # bytes of chunk extensions so far
         self.is_behind_chunk = False  # the line end behind a chunk is still to come
@@ -573,6 +573,7 @@ class Body(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Of RawIOBase: fill the buffer with the next bytes, return their number, 0 at the end of the body."""
         if self.ahead:
+            self.is_untouched = False
             taken, self.ahead = self.ahead[: len(buffer)], self.ahead[len(buffer) :]
             buffer[: len(taken)] = taken
             return len(taken)
@@ -619,19 +620,23 @@ class Body(io.RawIOBase):
             self.is_chunked = False
 
     def add_input(self, environ: Environ) -> None:
-        """Set wsgi.input, and CONTENT_LENGTH for a chunked body of up to MAX_COLLECTED bytes."""
+        """Set wsgi.input, and CONTENT_LENGTH for a chunked body that is small enough to be buffered."""
         # Django and Bottle read what CONTENT_LENGTH announces and take a body without it for none. A larger body is
         # left to those that know wsgi.input_terminated, as Flask, Falcon and Pyramid do.
         was_chunked, content = self.is_chunked, bytearray()
-        while self.is_chunked and len(content) <= MAX_COLLECTED:
+        while self.is_chunked and len(content) <= self.buffered:
             content += self.read(RECEIVE_SIZE)
         if was_chunked and not self.is_chunked:
             environ["wsgi.input"], environ["CONTENT_LENGTH"] = io.BytesIO(content), str(len(content))
         else:
             environ["wsgi.input"], self.ahead = io.BufferedReader(self, RECEIVE_SIZE), bytes(content)
+            self.is_untouched = was_chunked
 
     def drain(self) -> bool:
         """Read what the application left; return whether that was the end, so that a next request can follow."""
+        if self.is_untouched:
+            size = "a chunked body of more than %d bytes" % self.buffered
+            log_throttled("the application has read nothing of %s: raise --buffer-chunked for it" % size)
         if self.awaits_continue or self.failure:
             return False
         left, waste = MAX_DRAINED, bytearray(RECEIVE_SIZE)
@@ -688,17 +693,32 @@ def make_request_environ(request: Request) -> Environ:
 
 def run_application(application: Application, environ: Environ, response: Response) -> None:
     """Call the application and send what it gives (PEP 3333, "Specification Details")."""
-    blocks = application(environ, response.start_response)
+
+    def start_response(status: str, response_headers: list[tuple[str, str]], exc_info: Any = None) -> Write:
+        """Take over the head, with exc_info in place of one not sent (PEP 3333, "The start_response() Callable")."""
+        try:
+            if exc_info and response.framing:
+                raise exc_info[1].with_traceback(exc_info[2])
+            if response.head and not exc_info:
+                raise AssertionError("start_response was called a second time without exc_info")
+        finally:
+            exc_info = None  # it refers to this frame: a circle that only the garbage collector could break
+        try:
+            if not isinstance(response_headers, list):
+                raise TypeError
+            response.head = parse_response_head(status, tuple(response_headers))
+        except TypeError:
+            raise TypeError("not a status and a list of (name, value): %r, %r" % (status, response_headers)) from None
+        return response.write
+
+    blocks = application(environ, start_response)
     try:
         if isinstance(blocks, (list, tuple)):
             response.send(b"".join(blocks), is_last=True)  # all there is: its length can be told
-            return
-        if not (isinstance(blocks, FileWrapper) and response.send_file(blocks.file)):
-            for block in blocks:  # each at once (PEP 3333, "Buffering and Streaming")
-                response.write(block)
-                if response.drops_blocks:
-                    break
-        response.send(b"", is_last=True)
+        elif isinstance(blocks, FileWrapper) and response.send_file(blocks.file):
+            response.send(b"", is_last=True)
+        else:
+            response.send_blocks(blocks)
     finally:
         if hasattr(blocks, "close"):
             blocks.close()
@@ -740,28 +760,21 @@ class Response:
         self.drops_blocks = False  # the rest of what the application gives: there is no body, or it is too long
         self.is_complete = False
 
-    def start_response(self, status: str, response_headers: list[tuple[str, str]], exc_info: Any = None) -> Write:
-        """Take over the head, with exc_info in place of one not sent (PEP 3333, "The start_response() Callable")."""
-        try:
-            if exc_info and self.framing:
-                raise exc_info[1].with_traceback(exc_info[2])
-            if self.head and not exc_info:
-                raise AssertionError("start_response was called a second time without exc_info")
-        finally:
-            exc_info = None  # it refers to this frame: a circle that only the garbage collector could break
-        try:
-            if not isinstance(response_headers, list):
-                raise TypeError
-            self.head = parse_response_head(status, tuple(response_headers))
-        except TypeError:
-            raise TypeError("not a status and a list of (name, value): %r, %r" % (status, response_headers)) from None
-        return self.write
-
     def write(self, block: bytes) -> None:
         """Send a block of the body (PEP 3333, "The write() Callable")."""
         if self.is_complete:
             raise AssertionError("write() was called after the end of the response")
         self.send(block)
+
+    def send_blocks(self, blocks: Iterable[bytes]) -> None:
+        """Send all blocks, each at once (PEP 3333, "Buffering and Streaming")."""
+        if blocks is None or isinstance(blocks, (str, bytes)):  # whose parts are no blocks
+            raise TypeError("the application returned a %s: return a list of bytes" % type(blocks).__name__)
+        for block in blocks:
+            self.write(block)
+            if self.drops_blocks:
+                break
+        self.send(b"", is_last=True)
 
     def send(self, block: bytes, is_last: bool = False) -> None:
         """Send a block of the body, with the head before the first, and with what ends the body behind the last."""
@@ -956,7 +969,7 @@ def serve_request(
         response = Response(stream, request, not (request.is_persistent and options.keep_alive))
         environ = {**variables, **shared, "webserver.requests": slot.requests, "wsgi.input": io.BytesIO()}
         if request.length != 0:
-            response.body = Body(stream, request, options.limit_request_body)
+            response.body = Body(stream, request, options.limit_request_body, options.buffer_chunked)
             response.body.add_input(environ)
         # Step 3: call the application and send what it gives.
         run_application(application, environ, response)
@@ -984,7 +997,10 @@ def serve_request(
 
 def recover(response: Response, error: BaseException) -> str:
     """Answer what went wrong, or cut the response off so that the client can tell; return the detail for the log."""
-    causes = {ClientGoneError: (0, "the client has gone"), Overdue: (504, "the application took too long")}
+    causes = {
+        ClientGoneError: (0, "the client has gone"), Overdue: (504, "the application took too long"),
+        MemoryError: (500, "the application wanted more memory than it may have (--limit-memory)"),
+    }  # fmt: skip
     default = causes.get(type(error), (500, "the application failed"))
     status, detail = error.args if isinstance(error, HTTPError) else default
     with suppress(ClientGoneError):  # the log line says what it would have been told
@@ -995,6 +1011,8 @@ def recover(response: Response, error: BaseException) -> str:
             response.send(("%s: %s\n" % (line, detail)).encode(), is_last=True)
         elif response.framing and response.framing.is_ended_by_close and not response.is_complete:
             response.stream.sock.close()  # by a reset: a plain end would mean that the body is complete
+    if isinstance(error, MemoryError):
+        response.stream.slot.mark_leaving()
     if not isinstance(error, (HTTPError, ClientGoneError)):  # last: to format it may take long, or fail
         response.stream.slot.mark_progress()
         log_exception(error, response.request.line)
@@ -1108,6 +1126,7 @@ ADDRESS = re.compile(r"unix:(.+)|fd:([0-9]{1,9})|(\[[^\[\]]+\]|[^\[\]:]*):([0-9]
 ADVICE = {
     errno.EADDRINUSE: "; another program listens there: stop it, or choose another address with --bind",
     errno.EACCES: "; choose a port from 1024 on, or a path that you may write to",
+    errno.ENOENT: "; create its folder first",
     errno.EADDRNOTAVAIL: "; this machine has no such address",
     errno.ENOTSOCK: "; what was inherited there is no socket",
     errno.EBADF: "; nothing was inherited there",
@@ -1165,10 +1184,7 @@ def find_inherited_address() -> str:
 
 def open_listener(bind: str) -> socket.socket:
     """Return the listening socket for an address: HOST:PORT, :PORT, unix:PATH or fd:N. StartError if there is none."""
-    match = ADDRESS.fullmatch(bind)
-    if not match or int(match.group(4) or 0) > 65535:
-        raise StartError("not an address: %r; write HOST:PORT, [::1]:PORT, :PORT, unix:PATH or fd:N" % bind, 2)
-    path, fd, host, port = match.groups()
+    path, fd, host, port = parse_address(bind)
     try:
         if path:
             listener = bind_unix(path)
@@ -1183,6 +1199,14 @@ def open_listener(bind: str) -> socket.socket:
         advice = ADVICE.get(error.errno or 0, "")
         raise StartError("cannot listen on %s: %s%s" % (bind, error.strerror or error, advice)) from None
     return listener
+
+
+def parse_address(bind: str) -> Sequence[str]:
+    """Return the path, the descriptor, the host and the port in an address, those that it has; StartError if none."""
+    match = ADDRESS.fullmatch(bind)
+    if not match or int(match.group(4) or 0) > 65535:
+        raise StartError("not an address: %r; write HOST:PORT, [::1]:PORT, :PORT, unix:PATH or fd:N" % bind, 2)
+    return match.groups()
 
 
 def bind_tcp(host: str, port: int) -> socket.socket:
@@ -1340,9 +1364,17 @@ class Slot:
         """Return whether requests wait and no child is to be had."""
         return bool(self.orders[0] & PRESSED)
 
+    def mark_leaving(self) -> None:
+        """This process leaves after its connection: what it holds would not become less."""
+        self.leave_by[self.index] = self.leave_by[self.index] or UNBOUNDED
+
+    def must_leave(self) -> bool:
+        """Return whether this process was told to leave."""
+        return self.leave_by[self.index] != 0
+
     def is_retiring(self) -> bool:
         """Return whether this process must leave, because it was told so or because its parent is dead."""
-        return self.leave_by[self.index] != 0 or os.getppid() != self.parent
+        return self.must_leave() or os.getppid() != self.parent
 
     def is_own(self) -> bool:
         """Return whether this is still the process that serves, and not one that the application has forked from it."""
@@ -1444,7 +1476,7 @@ class Child:
             if self.serve(*taken):
                 self.give_back(taken[0])
             left -= 1
-            if left == 0:
+            if left == 0 or self.slot.must_leave():
                 break
             self.slot.mark_waiting(True)
         self.slot.mark_waiting(False)
@@ -1725,6 +1757,7 @@ CLIENT_SLACK = 3.0  # and a wait for the client, whose end a child sees by itsel
 LAST_CALL = 1.0  # seconds that a connection at rest is given, when it must go, for a request that may be under way
 FORK_DELAY = 0.01  # seconds from the moment that no child is spare to the fork of the next, if none is done before
 FAIR_ORDER_EVERY = 0.05  # seconds: to look at who is at work takes time
+ADVICE_AFTER, EXPENSIVE, FEW_REQUESTS = 100, 20.0, 4  # processes; ms of processor for each; requests for each
 SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)
 
 
@@ -1892,7 +1925,9 @@ class Parent:
         self.is_over = False
         self.told: dict[int, tuple[float, float]] = {}  # by slot: no progress since when, interrupted when
         self.has_terminal = signals.handlers.get(signal.SIGHUP) != signal.SIG_IGN and can_open_terminal()
-        self.totals = dict.fromkeys(("forks", "reaped", "crashes", "timeouts"), 0)
+        names = "forks", "reaped", "crashes", "timeouts", "requests", "ms of processor"
+        self.totals: dict[str, float] = dict.fromkeys(names, 0)
+        self.is_advised = False  # of what processes cost
 
     def run(self) -> None:
         """Serve until the server was stopped and the last child was reaped."""
@@ -1976,18 +2011,21 @@ class Parent:
         for the living (waitpid(2)). A pid that is not ours was orphaned and given to us, as to any PID 1.
         """
         with suppress(ChildProcessError):  # there is no child at all
-            while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):  # those that there are live
+            while (ended := os.wait4(-1, os.WNOHANG))[0]:  # else those that there are live
                 self.totals["reaped"] += 1
                 if ended[0] in self.board.children:
                     self.record_exit(*ended)
                 else:
-                    self.reload.end_check(*ended)
+                    self.reload.end_check(*ended[:2])
         if self.stop_at or self.reload.is_due:
             self.tick_at = 0.0
 
-    def record_exit(self, pid: int, status: int) -> None:
+    def record_exit(self, pid: int, status: int, usage: Any) -> None:
         """Free the slot of a child that was reaped, and log it if it did not end by itself."""
         slot = self.board.children.pop(pid)
+        self.totals["requests"] += self.board.requests[slot]
+        self.totals["ms of processor"] += (usage.ru_utime + usage.ru_stime) * 1000
+        self.is_advised = self.is_advised or give_advice(self.totals)
         if status:
             self.totals["crashes"] += 1
             log_error("child %d %s while %s" % (pid, describe_end(status), self.board.describe(slot)))
@@ -2082,7 +2120,19 @@ def describe_end(status: int) -> str:
     return "died of " + names.get(number, "signal %d" % number) if number else "exited with %d" % os.WEXITSTATUS(status)
 
 
-def report(queue: Queue, reactor: Reactor, totals: dict[str, int]) -> None:
+def give_advice(totals: dict[str, float]) -> bool:
+    """Say what to do if processes cost much and serve few requests; return whether that was said."""
+    count, each = totals["reaped"], totals["ms of processor"] / totals["reaped"]
+    is_due = count >= ADVICE_AFTER and each > EXPENSIVE and totals["requests"] < FEW_REQUESTS * count
+    if is_due:
+        log_error(
+            "a process takes %d ms of processor and serves %.1f requests: --warm-up PATH loads once for all what the"
+            " first request loads, --connections-per-child N keeps processes" % (each, totals["requests"] / count)
+        )
+    return is_due
+
+
+def report(queue: Queue, reactor: Reactor, totals: dict[str, float]) -> None:
     """Print who does what to stderr."""
     board, now = queue.board, time.monotonic()
     log_error("%7s %-8s %8s %8s  %s" % ("pid", "state", "age", "requests", "client and request"))
@@ -2092,8 +2142,8 @@ def report(queue: Queue, reactor: Reactor, totals: dict[str, int]) -> None:
         age, doing = ("%.1f s" % (now - abs(since)), board.describe(slot)) if since else ("-", "")
         log_error("%7d %-8s %8s %8d  %s" % (pid, state, age, board.requests[slot], doing))
     log_error("connections at rest: %d, waiting for a process: %d" % (len(reactor.resting), len(reactor.ready)))
-    totals = {"connections": queue.count_taken(), **totals}
-    log_error("in all: " + ", ".join("%d %s" % (number, name) for name, number in totals.items()))
+    numbers = {"connections": queue.count_taken(), **totals, "requests": totals["requests"] + sum(board.requests)}
+    log_error("in all: " + ", ".join("%d %s" % (number, name) for name, number in numbers.items()))
 
 
 def serve_alone(child: Child, reactor: Reactor, signals: Signals) -> None:
@@ -2126,6 +2176,7 @@ def serve_alone(child: Child, reactor: Reactor, signals: Signals) -> None:
 #     5. it serves         and reaps the children that were left, whose deadlines are on the scoreboard
 
 CHECK_TIMEOUT = 30.0  # seconds for new code to load
+LOADING_IS_SLOW = 10  # seconds until a person is told that the start takes long
 CHECK_PASSED = 93  # the exit status of a check that got as far as to serve
 
 # How this program was started, to start it again. Not as it is now: an application may have changed all of it.
@@ -2147,7 +2198,7 @@ class Reload:
         self.is_wanted_again = bool(self.checker)
         if self.checker:
             return
-        self.check_by = time.monotonic() + CHECK_TIMEOUT
+        self.check_by = time.monotonic() + CHECK_TIMEOUT + self.options.timeout * len(self.options.warm_up)
         try:
             self.checker = self.signals.fork()
         except OSError as error:
@@ -2230,11 +2281,14 @@ def find_kept() -> list[int]:
     return kept
 
 
-def end_loading(pending: list[int], signum: int) -> None:
+def end_loading(pending: list[int], is_reload: bool, signum: int) -> None:
     """Handle a signal while the application is loaded: nobody loops, so that one to stop is obeyed at once."""
-    if signum == signal.SIGALRM:
+    if signum == signal.SIGALRM and is_reload:
         log_error("the new code has not loaded in %d seconds" % CHECK_TIMEOUT)
         os._exit(1)
+    if signum == signal.SIGALRM:
+        log_error("the application is still loading: does its module run a server, as by app.run()? Then it never ends")
+        return
     if signum in (signal.SIGTERM, signal.SIGINT):
         os._exit(0)
     pending.append(signum)
@@ -2771,7 +2825,9 @@ def check_options(options: Options) -> Options:
     port = os.environ.get("PORT", "")
     if port and not (port.isascii() and port.isdigit() and int(port) <= 65535):
         raise StartError("PORT is %r in the environment: it must be a number up to 65535" % port, 2)
-    return options._replace(bind=options.bind or (":" + port if port else "127.0.0.1:8000"))
+    options = options._replace(bind=options.bind or (":" + port if port else "127.0.0.1:8000"))
+    parse_address(options.bind)
+    return options
 
 
 def serve(application: Application, **options: Any) -> None:
@@ -2812,16 +2868,15 @@ def start(load: Callable[[], Application], options: Options) -> None:
 
 def load_guarded(load: Callable[[], Application], signals: Signals, kept: list[int]) -> Application:
     """Return the application; while it is loaded, a signal to stop ends the process, also as PID 1."""
-    signals.receiver = partial(end_loading, signals.pending)
+    signals.receiver = partial(end_loading, signals.pending, bool(kept))
     signals.detach = lambda: None
-    if not kept:
-        signals.catch(signal.SIGTERM)
-        return load()
-    signals.catch(*SIGNALS)
-    signal.alarm(int(CHECK_TIMEOUT))
+    signals.catch(*(SIGNALS if kept else (signal.SIGTERM, signal.SIGALRM)))
+    signal.alarm(int(CHECK_TIMEOUT) if kept else LOADING_IS_SLOW)
     try:
         return load()
     except StartError:
+        if not kept:
+            raise
         time.sleep(TICK)  # it did load when it was checked: try again
         replace_program(kept)
     finally:
