@@ -23,6 +23,7 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -4120,6 +4121,286 @@ def test_serves_on_an_inherited_descriptor(tmp_path: Any, listening: bool) -> No
         descriptor = listener.fileno()
         with Running(tmp_path, app=RUNS_QUERY, bind="fd:%d" % descriptor, popen={"pass_fds": [descriptor]}):
             assert ask_at(listener.getsockname()).status == 200
+
+
+# ---- 16. TLS ----------------------------------------------------------------
+
+needs_openssl = pytest.mark.skipif(not shutil.which("openssl"), reason="openssl, which makes the certificates, is missing")
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: Any) -> str:
+    """A folder with an authority (ca), certificates of it (server, next, client), and files that are no use."""
+    folder = str(tmp_path_factory.mktemp("certificates"))
+
+    def openssl(*words: str) -> None:
+        subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
+
+    openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
+            "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/O=The tests/CN=An authority")  # fmt: skip
+    write_file(folder + "/names", "subjectAltName=DNS:localhost,IP:127.0.0.1\n")
+    for name, subject in (("server", "/CN=localhost"), ("next", "/CN=localhost"),
+                          ("client", "/C=DE/O=One, two\\+three/OU=\u00e4/CN=A client")):  # fmt: skip
+        openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-utf8",
+                "-keyout", name + ".key", "-out", name + ".csr", "-subj", subject)  # fmt: skip
+        openssl("x509", "-req", "-in", name + ".csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
+                "-days", "2", "-extfile", "names", "-out", name + ".pem")  # fmt: skip
+        write_file(folder + "/%s.both" % name, read_file("%s/%s.pem" % (folder, name)) + read_file("%s/%s.key" % (folder, name)))
+    openssl("pkey", "-in", "server.key", "-aes128", "-passout", "pass:secret", "-out", "locked.key")
+    write_file(folder + "/nothing.pem", "no certificate")
+    return folder
+
+
+def start_tls(server: Running, folder: str, **options: Any) -> ssl.SSLSocket:
+    """A TLS connection to the server, whose certificate is checked."""
+    context = ssl.create_default_context(cafile=folder + "/ca.pem")
+    session = options.pop("session", None)
+    if certificate := options.pop("certificate", ""):
+        context.load_cert_chain(certificate)
+    for name, value in options.items():
+        setattr(context, name, value)
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    return context.wrap_socket(server.connect(), server_hostname="localhost", session=session)
+
+
+def ask_tls(client: ssl.SSLSocket, code: str = "", *fields: bytes) -> Answer:
+    """The answer to a request for this code."""
+    client.sendall(get(*fields, target=make_target(code).encode()))
+    return read_answer(client)
+
+
+TLS_MISTAKES = [  # the words, what the one line on stderr must hold
+    ("--certfile nowhere.pem", ["cannot read nowhere.pem"]),
+    ("--certfile server.pem --keyfile nowhere.key", ["cannot read nowhere.key"]),
+    ("--certfile server.pem --keyfile next.key", ["cannot use server.pem", "the key is that of another certificate"]),
+    ("--certfile server.pem", ["cannot use server.pem", "a key"]),
+    ("--certfile nothing.pem --keyfile server.key", ["cannot use nothing.pem", "certificate"]),
+    ("--certfile server.pem --keyfile locked.key", ["locked", "pass phrase"]),
+    ("--certfile server.both --ca-certs nothing.pem", ["cannot use nothing.pem"]),
+    ("--keyfile server.key", ["need --certfile"]),
+    ("--ca-certs ca.pem", ["need --certfile"]),
+]
+
+
+@needs_openssl
+@pytest.mark.parametrize("words, holds", TLS_MISTAKES, ids=[row[0] for row in TLS_MISTAKES])
+def test_a_certificate_that_cannot_be_used_is_one_clear_sentence(certificates: str, words: str, holds: Any) -> None:
+    for extra in ([], ["--check"]):
+        ended = run_command(certificates, "-b", "127.0.0.1:%d" % free_port(), *words.split(), *extra)
+        assert ended.returncode in (1, 2) and ended.stderr.count("\n") == 1, ended.stderr
+        assert all(word in ended.stderr for word in holds), ended.stderr
+
+
+@needs_openssl
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+def test_serves_over_tls(tmp_path: Any, certificates: str, version: str) -> None:
+    wanted = getattr(ssl.TLSVersion, version)
+    with Running(tmp_path, "--certfile", certificates + "/server.both", app=RUNS_QUERY) as server:
+        assert "serving on https://" in server.errors()
+        with start_tls(server, certificates, minimum_version=wanted, maximum_version=wanted) as client:
+            assert client.selected_alpn_protocol() == "http/1.1"
+            code = "answer = [environ.get(n) for n in ('wsgi.url_scheme', 'HTTPS', 'SSL_PROTOCOL', 'SSL_CIPHER',"
+            code += " 'SSL_CLIENT_VERIFY', 'SSL_CLIENT_CERT', 'HTTP_HTTPS')]"
+            answer = ask_tls(client, code, b"HTTPS: off", b"SSL_PROTOCOL: none", b"SSL-CLIENT-CERT: forged")
+            protocol, cipher = version.replace("_", "."), client.cipher()
+            assert answer.body.decode() == str(["https", "on", protocol, cipher[0], "NONE", None, "off"])
+            assert ask_tls(client).status == ask_tls(client, "", b"Connection: close").status == 200  # persistent
+            assert client.recv(1) == b""  # after close_notify: without it, an SSLEOFError
+
+
+@needs_openssl
+def test_tls_before_1_2_is_refused(tmp_path: Any, certificates: str) -> None:
+    with Running(tmp_path, "--certfile", certificates + "/server.both", app=RUNS_QUERY) as server:
+        with pytest.raises((ssl.SSLError, ConnectionResetError)), server.connect() as sock:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
+            context.wrap_socket(sock)
+        with start_tls(server, certificates) as client:
+            assert ask_tls(client).status == 200
+        assert "Traceback" not in server.errors()
+
+
+@needs_openssl
+def test_a_session_is_resumed_by_another_process(tmp_path: Any, certificates: str) -> None:
+    with Running(tmp_path, "--certfile", certificates + "/server.both", app=RUNS_QUERY) as server:
+        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+            context = ssl.create_default_context(cafile=certificates + "/ca.pem")
+            context.minimum_version = context.maximum_version = version
+            session, pids = None, set()
+            for number in range(3):
+                with context.wrap_socket(server.connect(), server_hostname="localhost", session=session) as client:
+                    pids.add(ask_tls(client, "", b"Connection: close").body)
+                    assert client.session_reused == (number > 0)
+                    session = client.session
+            assert len(pids) == 3
+
+
+@needs_openssl
+def test_a_client_certificate_is_demanded_and_told(tmp_path: Any, certificates: str) -> None:
+    words = "--certfile", certificates + "/server.both", "--ca-certs", certificates + "/ca.pem"
+    with Running(tmp_path, *words, app=RUNS_QUERY) as server:
+        code = "answer = '|'.join(environ.get('SSL_CLIENT_' + n, '')"
+        code += " for n in ('VERIFY', 'S_DN', 'I_DN', 'M_SERIAL', 'CERT'))"
+        with start_tls(server, certificates, certificate=certificates + "/client.both") as client:
+            body = ask_tls(client, "answer = (%s).encode('latin-1').decode()" % code[9:]).body.decode()
+            verify, subject, issuer, serial, pem = body.split("|")
+            assert verify == "SUCCESS" and issuer == "CN=An authority,O=The tests"
+            assert subject == "CN=A client,OU=\u00e4,O=One\\, two\\+three,C=DE"
+            assert pem.strip() in read_file(certificates + "/client.pem") and re.fullmatch("[0-9A-F]+", serial)
+        with pytest.raises((ssl.SSLError, ConnectionResetError)), start_tls(server, certificates) as client:
+            ask_tls(client)
+        assert "Traceback" not in server.errors()
+
+
+@needs_openssl
+def test_plain_http_on_a_port_with_tls_is_told_so(tmp_path: Any, certificates: str) -> None:
+    with Running(tmp_path, "--certfile", certificates + "/server.both", app=RUNS_QUERY) as server:
+        with server.send() as client:
+            answer = receive_answer(client)
+        assert answer.status == 400 and b"https" in answer.body and "TLS" in server.output()
+
+
+@needs_openssl
+def test_large_bodies_go_both_ways_over_tls(tmp_path: Any, certificates: str) -> None:
+    (tmp_path / "large").write_bytes(os.urandom(1 << 16) * 320)
+    code = """
+        def app(environ, start_response):
+            start_response("200 OK", [])
+            if environ["REQUEST_METHOD"] == "PUT":
+                return [b"%d" % len(environ["wsgi.input"].read())]
+            return environ["wsgi.file_wrapper"](open("large", "rb"))
+    """
+    with Running(tmp_path, "--certfile", certificates + "/server.both", app=code) as server:
+        large = (tmp_path / "large").read_bytes()
+        context = ssl.create_default_context(cafile=certificates + "/ca.pem")
+        connection = http.client.HTTPSConnection("localhost", server.port, timeout=PATIENCE, context=context)
+        with closing(connection):
+            for _ in range(2):
+                connection.request("GET", "/")
+                assert connection.getresponse().read() == large
+                connection.request("PUT", "/", large)
+                assert connection.getresponse().read() == b"%d" % len(large)
+
+
+TLS_STALLS = [  # what the client sends over TLS and then waits; the status of the answer, None for none
+    ("", None),
+    ("GET / HTTP/1.1\r\nHost: a\r\n", 408),
+    ("POST /run HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nab", 408),
+    ("GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % make_target("time.sleep(60)"), 504),
+]
+
+
+@needs_openssl
+@pytest.mark.parametrize("data, status", TLS_STALLS, ids=["silence", "half a head", "half a body", "hung"])
+def test_the_deadlines_hold_over_tls(tmp_path: Any, certificates: str, data: str, status: int | None) -> None:
+    app = RUNS_QUERY.replace("names = {", "environ['wsgi.input'].read(); names = {")
+    words = "--timeout", "1", "--keep-alive", "1", "--certfile", certificates + "/server.both"
+    with Running(tmp_path, *words, app=app) as server, start_tls(server, certificates) as client:
+        began = time.monotonic()
+        client.sendall(data.encode())
+        answers = parse_answers(receive_all(client))
+        assert [answer.status for answer in answers] == ([status] if status else [])
+        assert time.monotonic() - began < 4 + SLACK
+
+
+@needs_openssl
+@pytest.mark.parametrize("count", [1, 5, 100, -1])
+def test_a_handshake_that_stops_is_closed_at_the_deadline_of_a_head(tmp_path: Any, certificates: str, count: int) -> None:
+    words = "--timeout", "1", "--certfile", certificates + "/server.both"
+    with Running(tmp_path, *words, app=RUNS_QUERY) as server, server.connect() as client:
+        outgoing = ssl.MemoryBIO()
+        with contextlib.suppress(ssl.SSLWantReadError):
+            ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="a").do_handshake()
+        hello, began = outgoing.read(), time.monotonic()
+        client.sendall(hello[:count] if count >= 0 else hello)
+        receive_all(client)
+        assert time.monotonic() - began < 2.5 + SLACK
+        server.wait_spare()
+        assert "Traceback" not in server.errors()
+
+
+@needs_openssl
+def test_hostile_bytes_in_any_stage_of_tls_are_no_more_than_a_log_line(tmp_path: Any, certificates: str) -> None:
+    generator = random.Random(7)
+    with Running(tmp_path, "--certfile", certificates + "/server.both", app=RUNS_QUERY) as server:
+        for number in range(40):
+            junk = bytes(generator.randrange(256) for _ in range(200))
+            if number % 3 == 0:
+                client: socket.socket = server.connect()
+                junk = b"\x16\x03\x01" + junk
+            elif number % 3 == 1:
+                client = server.connect()
+            else:
+                secure = start_tls(server, certificates)
+                client = socket.socket(fileno=secure.detach())  # and goes on without TLS
+                client.settimeout(PATIENCE)
+            with client:
+                client.sendall(junk)
+                client.shutdown(socket.SHUT_WR)
+                receive_all(client)
+        with start_tls(server, certificates) as client:
+            assert ask_tls(client).status == 200
+        assert "Traceback" not in server.errors()
+
+
+@needs_openssl
+def test_an_end_without_close_notify_inside_a_body_is_a_cut(tmp_path: Any, certificates: str) -> None:
+    code = """
+        def app(environ, start_response):
+            data = environ["wsgi.input"].read()
+            open("read", "wb").write(data)
+            start_response("200 OK", [])
+            return []
+    """
+    with Running(tmp_path, "--certfile", certificates + "/server.both", app=code) as server:
+        client = start_tls(server, certificates)
+        client.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\nhalf")
+        with socket.socket(fileno=client.detach()) as sock:
+            sock.settimeout(PATIENCE)
+            sock.shutdown(socket.SHUT_WR)
+            receive_all(sock)
+        wait_until(lambda: '"POST / HTTP/1.1"' in server.output(), "the log")
+        assert not os.path.exists(str(tmp_path / "read"))
+
+
+@needs_openssl
+def test_sighup_takes_renewed_certificates_and_leaves_the_old_ones_if_they_are_broken(
+    tmp_path: Any, certificates: str
+) -> None:
+    def find_serial() -> str:
+        with start_tls(server, certificates) as client:
+            return str(client.getpeercert()["serialNumber"])
+
+    shutil.copy(certificates + "/server.both", str(tmp_path / "pair"))
+    with Running(tmp_path, "--certfile", "pair", app=RUNS_QUERY) as server:
+        first = find_serial()
+        shutil.copy(certificates + "/next.both", str(tmp_path / "pair"))
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: server.errors().count("serving on") == 2, "the reload")
+        renewed = find_serial()
+        assert renewed != first
+        write_file(str(tmp_path / "pair"), "broken")
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for_log("the new code does not load")
+        assert "cannot use pair" in server.errors() and find_serial() == renewed
+
+
+@needs_openssl
+def test_a_tls_connection_at_rest_stays_with_its_child_and_gives_way_at_the_cap(tmp_path: Any, certificates: str) -> None:
+    words = "--max-children", "2", "--certfile", certificates + "/server.both"
+    with Running(tmp_path, *words, app=RUNS_QUERY) as server:
+        with start_tls(server, certificates) as first, start_tls(server, certificates) as second:
+            pid = ask_tls(first).body
+            time.sleep(1.5)
+            assert ask_tls(first).body == pid and ask_tls(second).status == 200
+            with start_tls(server, certificates) as third:
+                assert ask_tls(third).status == 200
+        with start_tls(server, certificates) as idle:
+            ask_tls(idle)
+            began = time.monotonic()
+            assert server.stop() == 0 and time.monotonic() - began < 2 + SLACK
+            assert idle.recv(1) == b""
 
 
 # Loads at its first request what it keeps, and can be told to leave something open.

@@ -81,6 +81,13 @@ class Options(NamedTuple):
     limit_memory: int = 0
     buffer_chunked: int = 1 << 20
     warm_up: Sequence[str] = ()
+    certfile: str = ""
+    keyfile: str = ""
+    ca_certs: str = ""
+    forwarded_allow_ips: str = ""
+    proxy_protocol: bool = False
+    script_name: str = ""
+    socket_mode: str = ""
     user: str = ""
     access_log: str = "combined"
     reload: bool = False
@@ -110,6 +117,13 @@ OPTIONS: dict[str, Option] = {
     "limit_memory": Option("BYTES", (0, 1e18), "what a process may allocate beyond what it inherits, 0 for any (0)"),
     "buffer_chunked": Option("BYTES", (0, 1e18), "a chunked body up to this size gets a CONTENT_LENGTH (1M)"),
     "warm_up": Option("PATH", None, "ask for this path, or URL, before the first fork; may be given several times"),
+    "certfile": Option("FILE", None, "serve TLS with the certificate in this file, which may hold the key, too"),
+    "keyfile": Option("FILE", None, "the key of the certificate"),
+    "ca_certs": Option("FILE", None, "demand a client certificate from one of the authorities in this file"),
+    "forwarded_allow_ips": Option("LIST", None, "addresses, networks, unix, *: X-Forwarded-* from these is believed"),
+    "proxy_protocol": Option("", None, "these peers begin a connection with a PROXY header"),
+    "script_name": Option("PATH", None, "mount the application under this path, which the requests carry"),
+    "socket_mode": Option("MODE", None, "the mode of the file of a unix socket, such as 660"),
     "user": Option("NAME[:GROUP]", None, "run as this user once the address is bound"),
     "access_log": Option("FORMAT", ("combined", "json", "off"), "combined, json or off, on stdout"),
     "reload": Option("", None, "reload when a source file changes"),
@@ -138,7 +152,7 @@ FILE_BLOCK_SIZE = 1 << 18  # what is read of a file at once
 PLAIN_FILES = [(kind, io.FileIO) for kind in (io.FileIO, io.BufferedReader, io.BufferedRandom)]  # with their `raw`
 UNBOUNDED = float("inf")  # the length of a body that nothing tells beforehand
 REASONS = {
-    400: "Bad Request", 408: "Request Timeout", 413: "Content Too Large", 414: "URI Too Long",
+    400: "Bad Request", 404: "Not Found", 408: "Request Timeout", 413: "Content Too Large", 414: "URI Too Long",
     417: "Expectation Failed", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
     501: "Not Implemented", 504: "Gateway Timeout", 505: "HTTP Version Not Supported",
 }  # fmt: skip
@@ -223,10 +237,12 @@ class Stream:
 
     # ClientGoneError: there is no client any more. ClientSilentError: nothing has come for the timeout, or less than
     # `Pace` asks for, or, while others wait for a process, nothing for a second.
-    __slots__ = ("buffer", "pace", "previous_head", "slot", "sock", "start", "timeout")
+    __slots__ = ("buffer", "pace", "patience", "preface", "previous_head", "slot", "sock", "start", "timeout")
 
-    def __init__(self, sock: socket.SocketType, slot: Slot, timeout: float) -> None:
+    def __init__(self, sock: Any, slot: Slot, timeout: float) -> None:
         self.sock, self.slot, self.timeout = sock, slot, timeout
+        self.preface: Callable[[float | None], None] | None = None  # receives what precedes HTTP on a new connection
+        self.patience = 0.0  # seconds that a connection at rest stays with this process, if nobody else could hold it
         self.buffer, self.start = b"", 0  # what was received, and where the part begins that is not consumed
         self.previous_head = b""  # clients repeat their heads
         self.pace: Pace | None = None  # of the request in hand, once its client was waited for
@@ -236,11 +252,18 @@ class Stream:
         return self.start != len(self.buffer)
 
     def receive_at_rest(self) -> bytes:
-        """Return the first bytes of a request; OSError as the socket raises it, BlockingIOError after a second."""
-        self.pace = None
-        if received := self.sock.recv(RECEIVE_SIZE):
-            return received
-        raise ClientGoneError(0)
+        """Return the first bytes of a request; OSError as the socket raises it, BlockingIOError if none come."""
+        self.pace, began = None, 0.0
+        while True:
+            try:
+                if received := self.sock.recv(RECEIVE_SIZE):
+                    return bytes(received)
+                raise ClientGoneError(0)
+            except BlockingIOError:
+                now = self.slot.mark_silent()
+                began = began or now
+                if now >= began + self.patience - TICK or not self.slot.may_wait():
+                    raise
 
     def receive_more(self, deadline: float | None = None) -> bool:
         """Add what the client sends next to the buffer; return False if it has ended its side."""
@@ -355,7 +378,8 @@ def count_unacknowledged(sock: socket.SocketType) -> int:
     import termios
 
     with suppress(OSError):
-        return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        held = int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        return held - int(getattr(sock, "pushed", 0))  # without the TLS records of data that does not count as sent yet
     return 0
 
 
@@ -463,7 +487,9 @@ def parse_request_line(line: bytes) -> tuple[str, str, str | None, str, str, str
     """Return the method, the target as it came, its authority, path and query, and the version (RFC 9112 §3)."""
     require(len(line) <= MAX_REQUEST_LINE, 414, "too long a request-line")
     if not (match := REQUEST_LINE.fullmatch(line)):
-        raise HTTPError(400, "a malformed request-line")
+        is_proxy_header = not line or line.startswith(b"PROXY ")  # empty: what version 2 begins with
+        hint = ", as of a PROXY header: see --proxy-protocol" if is_proxy_header else ""
+        raise HTTPError(400, "a malformed request-line" + hint)
     method, target, major, minor = match.groups()
     require(major == b"1", 505, "not a version of HTTP/1")
     require(method != b"CONNECT", 501, "CONNECT is for proxies")
@@ -934,20 +960,25 @@ class FileWrapper:
 
 def serve_connection(
     application: Application, options: Options, sock: socket.SocketType, address: Any, slot: Slot,
-    deadline: float | None = None,
+    deadline: float | None = None, transport: Transport | None = None,
 ) -> bool:  # fmt: skip
     """Serve the requests of a connection, the first head of which has a deadline; return whether it is at rest then."""
     try:
         stream = Stream(sock, slot, options.timeout)
         environ = make_connection_environ(sock, address, not options.no_fork)
+        if transport and (transport.context or transport.is_proxied):
+            stream.preface = partial(transport.open, stream, environ)
         slot.mark_silent()
         while serve_request(application, options, stream, environ, deadline):
-            deadline = None
+            deadline, stream.patience = None, stream.patience and options.keep_alive
             if not slot.may_wait() and not stream.has_more():
-                return True
-        sock.shutdown(socket.SHUT_WR)  # the end for the client, also if a process of the application holds a copy
+                raise ClientSilentError
+        stream.sock.shutdown(socket.SHUT_WR)  # the end for the client, if a process of the application holds a copy
     except (ClientSilentError, BlockingIOError):
-        return True
+        if stream.sock is sock:
+            return True
+        with suppress(OSError):  # a TLS session, which no other process could go on with
+            stream.sock.shutdown(socket.SHUT_WR)
     except (ClientGoneError, OSError):
         pass
     sock.close()
@@ -960,8 +991,11 @@ def serve_request(
     """Serve the next request; return whether another may follow. ClientSilentError, ClientGoneError: there is none."""
     slot, head, began, detail = stream.slot, b"", 0.0, ""
     response: Response | None = None
+    environ = shared
     try:
-        # Step 1: read the head and interpret it.
+        # Step 1: read the head, on a new connection behind what precedes it, and interpret it.
+        if stream.preface:
+            stream.preface(deadline)
         head = read_head(stream, deadline)
         request, variables = (parse_head if len(head) <= MAX_REMEMBERED else parse_head.__wrapped__)(head)
         # Step 2: make the environ. The body is read when the application reads it.
@@ -985,7 +1019,7 @@ def serve_request(
         detail = recover(response, error)
     # Step 5: log it, and leave the connection in a state in which the next request can be read, or end it.
     if options.access_log != "off":
-        log_access(options.access_log, response, shared, began, detail)
+        log_access(options.access_log, response, environ, began, detail)
     body = response.body
     if not (detail or response.is_closing) and (body is None or body.drain()):
         return True
@@ -1030,11 +1064,12 @@ UNSAFE = re.compile(r"[^ !#-\[\]-~]")
 COMBINED = '%(client)s - - [%(time)s] "%(request)s" %(status)d %(bytes)d "%(referer)s" "%(user_agent)s" %(seconds).6f'
 
 
-def log_access(style: str, response: Response, connection: Environ, began: float, detail: str) -> None:
+def log_access(style: str, response: Response, environ: Environ, began: float, detail: str) -> None:
     """Log a request that has ended: in the combined format with the seconds taken and what went wrong, or as JSON."""
     request = response.request
     facts = {
-        "client": connection["REMOTE_ADDR"] or "-", "time": format_time("{2}/{1}/{4}:{3} +0000", int(time.time())),
+        "client": str(environ.get("REMOTE_ADDR") or "-"),
+        "time": format_time("{2}/{1}/{4}:{3} +0000", int(time.time())),
         "request": request.line.decode("latin-1"), "bytes": response.sent,
         "status": response.head.status if response.head else 0,  # 0: the client went before it was answered
         "referer": request.fields.get("referer", "-"), "user_agent": request.fields.get("user-agent", "-"),
@@ -1182,12 +1217,12 @@ def find_inherited_address() -> str:
     return "fd:3"
 
 
-def open_listener(bind: str) -> socket.socket:
-    """Return the listening socket for an address: HOST:PORT, :PORT, unix:PATH or fd:N. StartError if there is none."""
+def open_listener(bind: str, mode: str) -> socket.socket:
+    """Return the listening socket for an address, with the mode for the file of a unix socket; StartError."""
     path, fd, host, port = parse_address(bind)
     try:
         if path:
-            listener = bind_unix(path)
+            listener = bind_unix(path, mode)
         elif fd:
             listener = socket.socket(fileno=int(fd))
             listener.set_inheritable(False)
@@ -1226,7 +1261,7 @@ def bind_tcp(host: str, port: int) -> socket.socket:
     return listener
 
 
-def bind_unix(path: str) -> socket.socket:
+def bind_unix(path: str, mode: str) -> socket.socket:
     """Return a socket bound to a path; a socket file that nobody listens at any more is replaced (unix(7))."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
@@ -1234,18 +1269,23 @@ def bind_unix(path: str) -> socket.socket:
             probe.settimeout(TICK)
             if probe.connect_ex(path) == errno.ECONNREFUSED:  # else somebody may listen: let bind say what is wrong
                 os.unlink(path)
-    listener.bind(path)
+    umask = os.umask(0o777 & ~int(mode, 8)) if mode else None  # before the first client can connect
+    try:
+        listener.bind(path)
+    finally:
+        if umask is not None:
+            os.umask(umask)
     return listener
 
 
-def describe_address(listener: socket.socket) -> str:
+def describe_address(listener: socket.socket, scheme: str) -> str:
     """Return the address as one that a person can click."""
     if listener.family == socket.AF_UNIX:
         return "unix:%s" % listener.getsockname()
     host, port = listener.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
-        return "http://localhost:%d/ (all addresses)" % port
-    return "http://%s:%d/" % ("[%s]" % host if ":" in host else host, port)
+        return "%s://localhost:%d/ (all addresses)" % (scheme, port)
+    return "%s://%s:%d/" % (scheme, "[%s]" % host if ":" in host else host, port)
 
 
 # ---- 11. Scoreboard ---------------------------------------------------------
@@ -1316,11 +1356,13 @@ class Slot:
     """Owns a place on the scoreboard, in which the process that serves says what it does."""
 
     __slots__ = (
-        "board", "client", "index", "leave_by", "look_at", "orders", "parent", "pid", "requests", "since", "write",
+        "board", "client", "index", "leave_by", "look_at", "memo", "orders", "parent", "pid", "requests", "since",
+        "write",
     )  # fmt: skip
 
     def __init__(self, board: Scoreboard, is_one_of_many: bool = True) -> None:
         self.client, self.requests, self.look_at = b"", 0, 0.0
+        self.memo = b""  # what a PROXY header has told of the connection in hand
         self.attach(board, 0, os.getpid())
         if not is_one_of_many:  # processes: this one never waits for a client, or all others would wait, too
             self.leave_by[0] = UNBOUNDED
@@ -1404,7 +1446,7 @@ class Slot:
 
 Service = Callable[[socket.SocketType, Any, Slot, "float | None"], bool]
 DEADLINE, DESCRIPTOR = struct.Struct("d"), struct.Struct("i")
-DONE = b"done"  # the last message of a child
+DONE, BACK = b"done", b"back\n"  # the last message of a child; what is given back, with a memo for each descriptor
 MAX_DESCRIPTORS = 253  # in one message: SCM_MAX_FD of Linux
 RIGHTS = socket.SOL_SOCKET, socket.SCM_RIGHTS
 CLOSE_ON_EXEC, CUT_OFF = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0)), int(socket.MSG_CTRUNC)
@@ -1423,9 +1465,9 @@ class Channel:
         """Send a message; BlockingIOError if there is no room for it, another OSError if nobody will receive it."""
         self.sender.sendmsg((message,), [(*RIGHTS, b"".join(map(DESCRIPTOR.pack, fds)))] if fds else [])
 
-    def receive(self, flags: int = 0, space: int = socket.CMSG_SPACE(4)) -> tuple[bytes, list[int]]:
+    def receive(self, flags: int = 0, space: int = socket.CMSG_SPACE(4), size: int = 128) -> tuple[bytes, list[int]]:
         """Return the next message and its descriptors, b"" at the end; BlockingIOError if none comes in a second."""
-        message, rights, flags, _ = self.receiver.recvmsg(64, space, flags | CLOSE_ON_EXEC)
+        message, rights, flags, _ = self.receiver.recvmsg(size, space, flags | CLOSE_ON_EXEC)
         if flags & CUT_OFF:  # the kernel has closed the descriptors that this process may not open
             log_throttled("connections are lost: %s" % os.strerror(errno.EMFILE))
         return message, [fd for (fd,) in DESCRIPTOR.iter_unpack(rights[0][2])] if rights else []
@@ -1501,7 +1543,8 @@ class Child:
             sock = socket.SocketType(self.family, STREAM, 0, fds[0])
             if sock.gettimeout() is not None:  # an application has set a default: the clock would mean nothing
                 sock.setblocking(True)
-            return sock, DEADLINE.unpack(message)[0]
+            self.slot.memo = message[DEADLINE.size :]
+            return sock, DEADLINE.unpack_from(message)[0]
 
     def serve(self, sock: socket.SocketType, deadline: float | None = None) -> bool:
         """Serve a connection; return whether it is at rest, and so to be given back."""
@@ -1517,7 +1560,7 @@ class Child:
         """Send a connection at rest to the parent; as long as its mailbox is full, go on serving it."""
         while True:
             try:
-                self.mailbox.send(b"back", sock.fileno())
+                self.mailbox.send(BACK + self.slot.memo, sock.fileno())
                 break
             except OSError as error:
                 if error.errno not in (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS):
@@ -1572,16 +1615,17 @@ def flush_output() -> None:
 
 PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 ACCEPT_AT_ONCE = 64  # connections, before other events are looked at
-SPACE = socket.CMSG_SPACE(MAX_DESCRIPTORS * DESCRIPTOR.size)
+SPACE, MEMOS = socket.CMSG_SPACE(MAX_DESCRIPTORS * DESCRIPTOR.size), MAX_DESCRIPTORS * 64  # bytes
 
 
 class Connection:
     """Owns a connection that nobody works at: its socket, and until when it may rest."""
 
-    __slots__ = ("deadline", "group", "seen", "sock")
+    __slots__ = ("deadline", "group", "memo", "seen", "sock")
 
-    def __init__(self, sock: socket.SocketType, deadline: float) -> None:
+    def __init__(self, sock: socket.SocketType, deadline: float, memo: bytes = b"") -> None:
         self.sock, self.deadline = sock, deadline
+        self.memo = memo  # of the children, which know what it means
         self.seen = 0  # how many bytes of a head are there that is not whole
         self.group: Any = None  # whose connection it is, once that was asked for
 
@@ -1612,6 +1656,8 @@ class Reactor:
     def __init__(self, listener: Listener, mailbox: Channel, options: Options) -> None:
         self.listener, self.mailbox, self.options = listener, mailbox, options
         self.head_timeout = min(HEAD_TIMEOUT, options.timeout)
+        # Unix sockets know no SO_RCVLOWAT; and what precedes HTTP only a child understands.
+        self.is_opaque = bool(listener.is_unix or options.certfile or options.proxy_protocol)
         self.resting: dict[int, Connection] = {}  # by descriptor, the longest at rest first
         self.ready: deque[Connection] = deque()  # for a child
         self.peeked = memoryview(bytearray(MAX_HEAD + 4))  # enough to see that a head is too large
@@ -1682,10 +1728,10 @@ class Reactor:
         if count == 0:
             self.drop(connection)
         # As many as before: it was woken by the end of what the client sends.
-        elif self.listener.is_unix or count == seen or is_worth_reading(bytes(self.peeked[:count]), seen):
+        elif self.is_opaque or count == seen or is_worth_reading(bytes(self.peeked[:count]), seen):
             self.make_ready(connection)
         else:
-            # The selector reports it when more is there (SO_RCVLOWAT, socket(7)); with unix sockets a child must wait.
+            # The selector reports it when more is there (SO_RCVLOWAT, socket(7)).
             connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count + 1)
             if not seen:  # a head has the head's time, and not more by a byte now and then
                 connection.deadline = time.monotonic() + self.head_timeout
@@ -1714,10 +1760,10 @@ class Reactor:
         """Receive the connections that are given back, by the mailbox, up to a message of another kind."""
         deadline = time.monotonic() + max(self.options.keep_alive - TICK, 0.0)  # they were silent for a TICK
         with suppress(BlockingIOError):
-            while (received := (channel or self.mailbox).receive(DONT_WAIT, SPACE))[1]:
-                for fd in received[1]:
+            while (received := (channel or self.mailbox).receive(DONT_WAIT, SPACE, MEMOS))[1]:
+                for fd, memo in zip(received[1], received[0].split(b"\n")[1:]):
                     self.make_room()
-                    self.rest(Connection(socket.SocketType(self.listener.family, STREAM, 0, fd), deadline))
+                    self.rest(Connection(socket.SocketType(self.listener.family, STREAM, 0, fd), deadline, memo))
             self.is_child_done |= received[0] == DONE  # else it is a signal's number
 
     def expire(self, now: float) -> None:
@@ -1853,7 +1899,7 @@ class Queue:
         while reactor.ready and self.put_in < before + free:
             connection = reactor.ready[0]
             try:
-                self.channel.send(DEADLINE.pack(connection.deadline), connection.sock.fileno())
+                self.channel.send(DEADLINE.pack(connection.deadline) + connection.memo, connection.sock.fileno())
             except OSError as error:  # the queue is full; or ETOOMANYREFS: too many descriptors are under way
                 if error.errno not in (errno.EAGAIN, errno.ENOBUFS):
                     log_throttled("cannot hand over a connection: %s" % error.strerror)
@@ -1894,12 +1940,12 @@ class Queue:
                 self.channel.send(b"leave")
         self.least_spare = len(waiting)
 
-    def end(self) -> list[int]:
-        """Let the children that wait find the end; return the descriptors of the connections that nobody has taken."""
-        untaken: list[int] = []
+    def end(self) -> list[tuple[int, bytes]]:
+        """Let the children that wait find the end; return the connections that nobody has taken, with their memos."""
+        untaken: list[tuple[int, bytes]] = []
         with suppress(BlockingIOError):
             while (received := self.channel.receive(DONT_WAIT))[0]:
-                untaken += received[1]
+                untaken += [(fd, received[0][DEADLINE.size :]) for fd in received[1]]
         with suppress(OSError):
             self.channel.sender.shutdown(socket.SHUT_WR)
         return untaken
@@ -2248,10 +2294,11 @@ class Reload:
         board.retire(time.monotonic() + self.options.graceful_timeout)
         for connection in [*self.reactor.resting.values()]:
             self.reactor.make_ready(connection)
-        fds = [connection.sock.fileno() for connection in self.reactor.ready] + self.queue.end()
-        for first in range(0, len(fds), MAX_DESCRIPTORS):
+        held = [(connection.sock.fileno(), connection.memo) for connection in self.reactor.ready] + self.queue.end()
+        for first in range(0, len(held), MAX_DESCRIPTORS):
+            fds, memos = zip(*held[first : first + MAX_DESCRIPTORS])
             try:
-                rest.send(b"rest", *fds[first : first + MAX_DESCRIPTORS])
+                rest.send(BACK + b"\n".join(memos), *fds)
             except OSError as error:  # more than 70,000, or than the user may have under way
                 log_error("connections at rest are lost in the reload: %s" % error.strerror)
         run_exit_handlers()  # what the old code has started ends with it
@@ -2320,7 +2367,368 @@ def list_sources() -> dict[str, int]:
     return times
 
 
-# ---- 16. Surroundings -------------------------------------------------------
+# ---- 16. TLS ----------------------------------------------------------------
+# A filter under Stream, made of memory BIOs: a socket made by SSLContext.wrap_socket repeats its wait for ever and so
+# would undo every deadline (SO_RCVTIMEO). The context is made before the fork: any process can resume a session.
+
+SHORT_NAMES = {  # of attributes in a distinguished name (RFC 4514 §3)
+    "commonName": "CN", "localityName": "L", "stateOrProvinceName": "ST", "organizationName": "O",
+    "organizationalUnitName": "OU", "countryName": "C", "streetAddress": "STREET", "domainComponent": "DC",
+    "userId": "UID",
+}  # fmt: skip
+SPECIAL = re.compile(r'([,+"\\<>;]|^[ #]| $)')  # characters that are escaped in the value of one
+
+
+def make_tls_context(options: Options) -> Any:
+    """Return the ssl.SSLContext of the server, None without --certfile; StartError says what is wrong with a file."""
+    if not options.certfile:
+        if options.keyfile or options.ca_certs:
+            raise StartError("--keyfile and --ca-certs need --certfile", 2)
+        return None
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    path = ""
+    try:
+        for path in filter(None, (options.certfile, options.keyfile, options.ca_certs)):
+            open(path, "rb").close()  # ssl would not say which file it cannot read
+        path = options.certfile
+        context.load_cert_chain(path, options.keyfile or None, refuse_pass_phrase)
+        if options.ca_certs:
+            path, context.verify_mode = options.ca_certs, ssl.CERT_REQUIRED
+            context.load_verify_locations(path)
+    except ssl.SSLError as error:
+        is_other = error.reason == "KEY_VALUES_MISMATCH"
+        reason = "the key is that of another certificate" if is_other else "it lacks a certificate or a key, as PEM"
+        raise StartError("cannot use %s: %s" % (path, reason)) from None
+    except OSError as error:
+        raise StartError("cannot read %s: %s" % (path, error.strerror)) from None
+    return context
+
+
+def refuse_pass_phrase() -> NoReturn:
+    """Refuse a locked key: nobody would be there to unlock it when the server reloads."""
+    raise StartError("the key of the certificate is locked: store it without a pass phrase, readable by few")
+
+
+class TLSSocket:
+    """Owns the TLS session on a connected socket. It has the methods of a socket that Stream uses."""
+
+    def __init__(self, context: Any, sock: socket.SocketType, records: bytes) -> None:
+        import ssl
+
+        self.sock, self.is_ended = sock, False
+        self.want_read, self.incoming, self.outgoing = ssl.SSLWantReadError, ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.incoming.write(records)
+        self.session = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
+        self.unsent = b""  # records that the kernel has not taken yet
+        self.encrypted = self.pushed = 0  # the bytes of data they hold, and how many bytes of records it has taken
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is that of the socket."""
+        return getattr(self.sock, name)
+
+    def shake_hands(self) -> bool:
+        """Go a step on in the handshake; return whether it is over. BlockingIOError if nothing comes for a second."""
+        try:
+            self.session.do_handshake()
+        except self.want_read:
+            self.push()
+            self.fill()
+            return False
+        except OSError:
+            with suppress(OSError):
+                self.push(DONT_WAIT)  # the alert that says why
+            raise
+        self.push()
+        return True
+
+    def fill(self, flags: int = 0) -> None:
+        """Receive records; an end that was not told by close_notify is a cut."""
+        if not (records := self.sock.recv(RECEIVE_SIZE, flags)):
+            raise ConnectionResetError("the client has closed without close_notify")
+        self.incoming.write(records)
+
+    def push(self, flags: int = 0) -> None:
+        """Send the records that are to be sent; BlockingIOError if the kernel does not take all of them."""
+        self.unsent += self.outgoing.read()
+        if self.unsent:
+            sent = self.sock.send(self.unsent, flags)
+            self.unsent, self.pushed = self.unsent[sent:], self.pushed + sent
+            if self.unsent:
+                raise BlockingIOError
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """Receive data, as recv(2) does; b"" after close_notify."""
+        if self.is_ended:
+            return self.sock.recv(size, flags)  # to be dropped
+        while True:
+            if self.incoming.pending or self.session.pending():
+                with suppress(self.want_read):  # a part of a record
+                    return bytes(self.session.read(size))
+            self.fill(flags)
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        """Send all the data, or BlockingIOError: then the next call must begin with the same data."""
+        self.encrypted = self.encrypted or self.session.write(data)
+        self.push(flags)
+        sent, self.encrypted, self.pushed = self.encrypted, 0, 0
+        return sent
+
+    def sendmsg(self, blocks: Iterable[bytes], _: Any, flags: int) -> int:
+        """Send all the blocks."""
+        return self.send(b"".join(blocks), flags)
+
+    def shutdown(self, how: int) -> None:
+        """End our side, which close_notify tells the client; what still comes is not decrypted any more."""
+        self.is_ended = True
+        with suppress(OSError):  # the client's own close_notify is not waited for
+            self.session.unwrap()
+        with suppress(OSError):
+            self.push(DONT_WAIT)
+        self.sock.shutdown(how)
+
+    def make_environ(self) -> Environ:
+        """Return what an application may know of the session, by the names of Apache's mod_ssl."""
+        import ssl
+
+        environ = {
+            "wsgi.url_scheme": "https", "HTTPS": "on", "SSL_PROTOCOL": self.session.version(),
+            "SSL_CIPHER": self.session.cipher()[0], "SSL_CLIENT_VERIFY": "NONE",
+        }  # fmt: skip
+        if certificate := self.session.getpeercert():
+            pem = ssl.DER_cert_to_PEM_cert(self.session.getpeercert(True))
+            environ.update(SSL_CLIENT_VERIFY="SUCCESS", SSL_CLIENT_CERT=pem)
+            environ["SSL_CLIENT_M_SERIAL"] = certificate["serialNumber"]
+            environ["SSL_CLIENT_S_DN"] = write_name(certificate["subject"])
+            environ["SSL_CLIENT_I_DN"] = write_name(certificate["issuer"])
+        return environ
+
+
+def write_name(name: Any) -> str:
+    """Return a distinguished name as RFC 4514 writes it, as the latin-1 characters that PEP 3333 wants."""
+    parts = []
+    for attributes in reversed(name):
+        pairs = [(SHORT_NAMES.get(key, key), SPECIAL.sub(r"\\\1", text)) for key, text in attributes]
+        parts.append("+".join("%s=%s" % pair for pair in pairs))
+    return ",".join(parts).replace("\0", "\\00").encode().decode("latin-1")
+
+
+# ---- 17. Proxies ------------------------------------------------------------
+# What a proxy in front tells of its client. It is believed only from an address of --forwarded-allow-ips: anybody can
+# send these fields. The PROXY protocol is that of haproxy, versions 1 and 2 (proxy-protocol.txt).
+
+DEFAULT_PORTS = {"http": "80", "https": "443"}
+FORWARDED = ["HTTP_X_FORWARDED_" + name for name in ("FOR", "PROTO", "HOST", "PORT", "PREFIX")]
+# address [ ":" port ]; an IPv6 address with a port is in brackets
+HOP = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?|([0-9.]+)(?::[0-9]{1,5})?|([0-9A-Fa-f:.]+)")
+MOUNT = re.compile(r"(?:/[^/?#%\x00-\x20\x7f-\xff]+)*/?")
+PROXY_LINE = re.compile(
+    rb"PROXY (?:UNKNOWN[^\r\n]*|TCP[46] ([0-9A-Fa-f:.]+) [0-9A-Fa-f:.]+ ([0-9]{1,5}) [0-9]{1,5})\r\n"
+)
+PROXY_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"  # what a header of version 2 begins with
+MAX_PROXY_LINE = 107  # bytes of a header of version 1, its CRLF included
+
+
+class Trust:
+    """Owns the list of the peers that are believed."""
+
+    def __init__(self, words: str) -> None:
+        import ipaddress
+
+        self.names, self.networks = set(), []
+        for word in filter(None, re.split("[, ]+", words)):
+            if word in ("unix", "*"):
+                self.names.add(word)
+                continue
+            try:
+                self.networks.append(ipaddress.ip_network(word, strict=False))
+            except ValueError:
+                raise StartError("--forwarded-allow-ips: not an address or a network: %r" % word, 2) from None
+        self.parse = lru_cache(maxsize=256)(ipaddress.ip_address)
+
+    def covers_peer(self, address: str) -> bool:
+        """Return whether a peer with this address, "" at a unix socket, is believed."""
+        return "*" in self.names or ("unix" in self.names if not address else self.covers(address))
+
+    def covers(self, address: str) -> bool:
+        """Return whether the address is in the list; ValueError if it is none."""
+        parsed = self.parse(address)
+        return any(parsed in network for network in self.networks)
+
+    def find_client(self, hops: str) -> str:
+        """Return the client in X-Forwarded-For: the first from the right that is not in the list, else the leftmost."""
+        client = ""
+        for hop in reversed(hops.split(",")):  # what stands left of the client may be anybody's invention
+            match = HOP.fullmatch(hop.strip(" \t"))
+            try:
+                client = str(self.parse(match and (match[1] or match[2] or match[3])))
+                if not self.covers(client):
+                    break
+            except ValueError:
+                raise HTTPError(400, "an invalid X-Forwarded-For") from None
+        return client
+
+
+def believe_proxies(trust: Trust, application: Application) -> Application:
+    """Return an application to which the client of a proxy is the client."""
+
+    def forwarded(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        """Set what a proxy tells of its client, if it is believed, or else drop it."""
+        if trust.covers_peer(environ["REMOTE_ADDR"]):
+            apply_forwarded(environ, trust)
+        else:
+            for name in (*FORWARDED, "HTTP_FORWARDED"):
+                environ.pop(name, None)
+        return application(environ, start_response)
+
+    return forwarded
+
+
+def apply_forwarded(environ: Environ, trust: Trust) -> None:
+    """Set what a proxy tells of its client; HTTPError if it makes no sense."""
+    hops, scheme, host, port, prefix = map(environ.get, FORWARDED)
+    if hops is not None:
+        environ["REMOTE_ADDR"], environ["REMOTE_PORT"] = trust.find_client(hops), ""
+    if scheme is not None:
+        require(scheme in DEFAULT_PORTS, 400, "an invalid X-Forwarded-Proto")
+        environ["wsgi.url_scheme"], environ["HTTPS"] = scheme, "on" if scheme == "https" else "off"
+    if (scheme, host, port) != (None, None, None):
+        environ["HTTP_HOST"], environ["SERVER_PORT"] = find_authority(environ, host, port)
+    if prefix is not None:
+        require(MOUNT.fullmatch(prefix), 400, "an invalid X-Forwarded-Prefix")
+        environ["SCRIPT_NAME"] = prefix.rstrip("/")
+
+
+def find_authority(environ: Environ, host: str | None, port: str | None) -> tuple[str, str]:
+    """Return the host and the port that the client has asked for."""
+    authority = host if host is not None else environ.get("HTTP_HOST") or str(environ["SERVER_NAME"])
+    check_host(authority.encode("latin-1"), "an invalid X-Forwarded-Host")
+    name, _, own_port = authority.rpartition(":") if re.search(":[0-9]*$", authority) else (authority, "", "")
+    default = DEFAULT_PORTS[environ["wsgi.url_scheme"]]
+    if port is None:
+        return authority, own_port or default
+    require(re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536, 400, "an invalid X-Forwarded-Port")
+    require(host is None or own_port in ("", port), 400, "two ports, in X-Forwarded-Host and X-Forwarded-Port")
+    return name if port == default else "%s:%s" % (name, port), port
+
+
+def mount(path: str, application: Application) -> Application:
+    """Return an application that has another one under this path."""
+
+    def mounted(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        """Move the path that the request carries to SCRIPT_NAME."""
+        require((environ["PATH_INFO"] + "/").startswith(path + "/"), 404, "nothing is here")
+        environ["SCRIPT_NAME"] += path
+        environ["PATH_INFO"] = environ["PATH_INFO"][len(path) :]
+        return application(environ, start_response)
+
+    return mounted
+
+
+def parse_proxy_header(data: bytes) -> tuple[int, str] | None:
+    """Return the length of a PROXY header and the address and port in it, "-" if it has none; None if more must come.
+
+    HTTPError if it is no such header.
+    """
+    if not data.startswith(b"P"):
+        return parse_binary_proxy_header(data)
+    end = data.find(b"\n", 0, MAX_PROXY_LINE) + 1
+    if not end and len(data) < MAX_PROXY_LINE:
+        return None
+    if not (match := PROXY_LINE.fullmatch(data[:end])):
+        raise HTTPError(400, "a malformed PROXY header")
+    if match[1] is None:  # UNKNOWN
+        return end, "-"
+    check_host(b"[%s]" % match[1] if b":" in match[1] else match[1], "a PROXY header with an invalid address")
+    return end, "%s %d" % (match[1].decode(), int(match[2]))
+
+
+def parse_binary_proxy_header(data: bytes) -> tuple[int, str] | None:
+    """Do so for version 2; what follows the addresses, for which its length has room, is skipped."""
+    require(data[:12] == PROXY_SIGNATURE[: len(data)], 400, "no PROXY header")
+    if len(data) < 16:
+        return None
+    command, kind, size = struct.unpack_from(">BBH", data, 12)
+    require(command in (0x20, 0x21), 400, "a PROXY header of an unknown version")
+    if len(data) < 16 + size:
+        return None
+    family, length = {0x11: (socket.AF_INET, 4), 0x21: (socket.AF_INET6, 16)}.get(kind, (socket.AF_UNSPEC, 0))
+    if command == 0x20 or not length:  # LOCAL, or an address that is none of TCP
+        return 16 + size, "-"
+    require(size >= 2 * length + 4, 400, "a PROXY header that is too short")
+    (port,) = struct.unpack_from(">H", data, 16 + 2 * length)
+    return 16 + size, "%s %d" % (socket.inet_ntop(family, data[16 : 16 + length]), port)
+
+
+class Transport:
+    """Owns what lies between a connection and the application: the PROXY protocol, TLS, proxies that are believed."""
+
+    def __init__(self, options: Options) -> None:
+        """StartError if an option or a file is wrong."""
+        if options.proxy_protocol and not options.forwarded_allow_ips:
+            raise StartError("--proxy-protocol needs --forwarded-allow-ips: name the peers that send the header", 2)
+        self.trust = Trust(options.forwarded_allow_ips) if options.forwarded_allow_ips else None
+        self.is_proxied, self.path = options.proxy_protocol, options.script_name
+        self.context = make_tls_context(options)
+
+    def wrap(self, application: Application) -> Application:
+        """Return the application as it is seen from behind the proxies, at the path where it is mounted."""
+        mounted = mount(self.path, application) if self.path else application
+        return believe_proxies(self.trust, mounted) if self.trust else mounted
+
+    def open(self, stream: Stream, shared: Environ, deadline: float | None) -> None:
+        """Receive what precedes HTTP, by the deadline, and note in the environ what it tells."""
+        stream.preface, slot = None, stream.slot
+        until = deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout)
+        if self.trust and self.is_proxied:
+            if not slot.memo and self.trust.covers_peer(shared["REMOTE_ADDR"]):
+                slot.memo = read_proxy_header(stream, until).encode()
+            if slot.memo not in (b"", b"-"):
+                shared["REMOTE_ADDR"], shared["REMOTE_PORT"] = slot.memo.decode().split()
+                slot.client = slot.memo.split()[0]
+        if self.context:
+            stream.sock = accept_tls(self.context, stream, until)
+            shared.update(stream.sock.make_environ())
+            stream.patience = max(until - time.monotonic(), TICK)
+
+
+def read_proxy_header(stream: Stream, deadline: float) -> str:
+    """Read the PROXY header of a connection; return what is noted of it."""
+    while not (stream.has_more() and (found := parse_proxy_header(stream.buffer[stream.start :]))):
+        require(time.monotonic() < deadline, 408, "the PROXY header was not complete in time")
+        try:
+            require(stream.receive_more(deadline), 400, "the client closed inside the PROXY header")
+        except ClientSilentError:
+            raise HTTPError(408, "the PROXY header was not complete in time") from None
+    stream.start += found[0]
+    return found[1]
+
+
+def accept_tls(context: Any, stream: Stream, deadline: float) -> TLSSocket:
+    """Return the TLS session of a connection; ClientGoneError if the handshake fails or takes too long."""
+    if not stream.has_more():
+        stream.receive_more(deadline)
+    records, stream.buffer, stream.start = stream.buffer[stream.start :], b"", 0
+    if not records.startswith(b"\x16"):  # what a handshake begins with
+        stream.buffer = records  # for the log
+        raise HTTPError(400, "plain HTTP on a port with TLS: the address begins with https")
+    session, began = TLSSocket(context, stream.sock, records), time.monotonic()
+    try:
+        while True:
+            with suppress(BlockingIOError):
+                if session.shake_hands():
+                    return session
+            if stream.slot.mark_silent() >= (began + TICK if stream.slot.is_pressed() else deadline):
+                raise ClientGoneError(0)
+    except OSError as error:
+        log_throttled("a TLS handshake has failed: %s" % (getattr(error, "reason", None) or error))
+        raise ClientGoneError(0) from None
+
+
+# ---- 18. Surroundings -------------------------------------------------------
 # What the server takes from the system and tells it, and what is done once, so that no fork has to do it.
 
 SOFT_LIMIT: list[int] = []  # the limit of descriptors before it was raised
@@ -2466,7 +2874,7 @@ def make_shared_file(size: int) -> int:
     return fd
 
 
-# ---- 17. Before the fork ----------------------------------------------------
+# ---- 19. Before the fork ----------------------------------------------------
 # What all processes inherit: an application that is loaded and warm, and nothing that a fork would double or lose.
 
 REHEARSAL = b"GET %s HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\nConnection: close\r\n\r\n"
@@ -2482,9 +2890,9 @@ LEFT = {  # by a warm-up: why the server does not start
 }
 
 
-def load_warm(load: Callable[[], Application], options: Options) -> Application:
+def load_warm(load: Callable[[], Application], transport: Transport, options: Options) -> Application:
     """Load the application, and ask it for what is to be warmed up: no process has to load that again. StartError."""
-    application = load()
+    application = transport.wrap(load())
     if options.no_fork:
         return application  # its process serves to the end
     for kind, _, name in sorted(find_opened()):
@@ -2608,7 +3016,7 @@ def prepare_to_fork(options: Options) -> None:
     gc.freeze()  # a collection in a child would write to, and so copy, all that it inherited
 
 
-# ---- 18. Application --------------------------------------------------------
+# ---- 20. Application --------------------------------------------------------
 # A name -> a callable; and the application that is served when none is named.
 
 IS_ASYNC = 0x80 | 0x200  # inspect.CO_COROUTINE, CO_ASYNC_GENERATOR
@@ -2738,7 +3146,7 @@ def show_environ(environ: Environ, start_response: StartResponse) -> list[bytes]
     return [text.encode("utf-8", "backslashreplace")]
 
 
-# ---- 19. Command line -------------------------------------------------------
+# ---- 21. Command line -------------------------------------------------------
 # Words -> options, an application and a listening socket. Every mistake of the user is one sentence that says what to
 # do; only a fault inside the user's own module shows a traceback, and only the user's part of it.
 
@@ -2765,6 +3173,9 @@ FOREIGN_OPTIONS = (  # of gunicorn, waitress, uvicorn and others, and what does 
     ("--preload", "the application is always loaded before the fork; see --warm-up"),
     ("--keepalive --timeout-keep-alive", "see --keep-alive"),
     ("--reload-dir --reload-extra-file --reload-engine", "--reload watches the folders of all modules in use"),
+    ("--ssl-keyfile --ssl-certfile --ssl-ca-certs", "see --certfile, --keyfile and --ca-certs"),
+    ("--proxy-headers --trusted-proxy", "see --forwarded-allow-ips"),
+    ("--root-path --url-prefix --umask", "see --script-name and --socket-mode"),
     ("--backlog --limit-request-line --limit-request-fields", "that limit is fixed; the README has a table"),
 )  # fmt: skip
 
@@ -2825,8 +3236,16 @@ def check_options(options: Options) -> Options:
     port = os.environ.get("PORT", "")
     if port and not (port.isascii() and port.isdigit() and int(port) <= 65535):
         raise StartError("PORT is %r in the environment: it must be a number up to 65535" % port, 2)
-    options = options._replace(bind=options.bind or (":" + port if port else "127.0.0.1:8000"))
+    options = options._replace(
+        bind=options.bind or (":" + port if port else "127.0.0.1:8000"),
+        forwarded_allow_ips=options.forwarded_allow_ips or os.environ.get("FORWARDED_ALLOW_IPS", ""),
+        script_name=(options.script_name or os.environ.get("SCRIPT_NAME", "")).rstrip("/"),
+    )
     parse_address(options.bind)
+    if not MOUNT.fullmatch(options.script_name):
+        raise StartError("--script-name is %r: it must be a path such as /app" % options.script_name, 2)
+    if not re.fullmatch("[0-7]{0,4}", options.socket_mode):
+        raise StartError("--socket-mode is %r: it must be octal, such as 660" % options.socket_mode, 2)
     return options
 
 
@@ -2840,7 +3259,8 @@ def start(load: Callable[[], Application], options: Options) -> None:
     # Step 1: what needs no socket.
     options = check_options(options)
     open_standard_files()
-    load = partial(load_warm, load, options)
+    transport = Transport(options)
+    load = partial(load_warm, load, transport, options)
     if options.check or os.environ.get("WEBSERVER_CHECK") == str(os.getpid()):
         application = load()
         if options.check:
@@ -2851,14 +3271,16 @@ def start(load: Callable[[], Application], options: Options) -> None:
     # Step 2: the sockets, opened or kept in a reload, and then no more privileges.
     kept = find_kept()
     options = options._replace(bind=find_inherited_address() or options.bind)
-    listener = Listener(socket.socket(fileno=kept[1]) if kept else open_listener(options.bind), options.bind)
+    sock = socket.socket(fileno=kept[1]) if kept else open_listener(options.bind, options.socket_mode)
+    listener = Listener(sock, options.bind)
     mailbox = Channel(*(socket.socket(fileno=fd) for fd in kept[2:4])) if kept else make_channel()
     signals = Signals(mailbox.sender)
     try:
         if options.user:
             drop_privileges(options.user)
         # Step 3: the application, and the loop. Signals end the process until it is loaded.
-        run(load_guarded(load, signals, kept), options, listener, mailbox, signals, kept)
+        service = partial(serve_connection, load_guarded(load, signals, kept), options, transport=transport)
+        run(service, options, listener, mailbox, signals, kept)
     finally:
         signals.release()
         listener.close()
@@ -2884,7 +3306,7 @@ def load_guarded(load: Callable[[], Application], signals: Signals, kept: list[i
 
 
 def run(
-    application: Application, options: Options, listener: Listener, mailbox: Channel, signals: Signals, kept: list[int]
+    service: Service, options: Options, listener: Listener, mailbox: Channel, signals: Signals, kept: list[int]
 ) -> None:
     """Serve with children, or without, until the server was stopped."""
     signals.receiver = signals.pending.append
@@ -2896,7 +3318,6 @@ def run(
     if kept:  # what was at rest before the reload
         with socket.socket(fileno=kept[4]) as receiver, socket.socket(fileno=kept[5]) as sender:
             reactor.take_back(Channel(receiver, sender))
-    service = partial(serve_connection, application, options)
     child = Child(service, listener.family, mailbox, board, options)
     prepare_to_fork(options)
 
@@ -2912,7 +3333,8 @@ def run(
     loop: Any = alone if options.no_fork else Parent(child, reactor, signals, options).run
     if os.geteuid() == 0:
         log_error("running as root: let --user NAME give that up once the address is bound")
-    log_error("serving on %s, pid %d" % (describe_address(listener.sock), os.getpid()))
+    address = describe_address(listener.sock, "https" if options.certfile else "http")
+    log_error("serving on %s, pid %d" % (address, os.getpid()))
     notify("READY=1")
     loop()
     log_error("stopped")
