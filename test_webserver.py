@@ -4403,6 +4403,244 @@ def test_a_tls_connection_at_rest_stays_with_its_child_and_gives_way_at_the_cap(
             assert idle.recv(1) == b""
 
 
+# ---- 17. Proxies ------------------------------------------------------------
+
+def forward(trusted: str, *fields: str, peer: str = "127.0.0.1", **options: Any) -> Any:
+    """What an application is told of a request with these fields, or the status of the refusal."""
+    settings = webserver.Options(forwarded_allow_ips=trusted, access_log="off", **options)
+    seen: dict[str, Any] = {}
+
+    def application(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        seen.update(environ)
+        start_response("200 OK", [])
+        return []
+
+    wrapped = webserver.Transport(settings).wrap(application)
+    client, server = socket.socketpair()
+    with client:
+        head = "\r\n".join(["GET /x HTTP/1.1", "Host: a", "Connection: close", *fields, "", ""])
+        client.sendall(head.encode("latin-1"))
+        client.shutdown(socket.SHUT_WR)
+        webserver.serve_connection(wrapped, settings, server, (peer, 4711) if peer else "", SLOT)
+        status = int(client.recv(65536)[9:12])
+    return seen if status == 200 else status
+
+
+@rows(
+    "trusted, fields, expected",
+    ("127.0.0.1", ["X-Forwarded-For: 192.0.2.1"], {"REMOTE_ADDR": "192.0.2.1", "REMOTE_PORT": ""}, "one client"),
+    ("127.0.0.0/8", ["X-Forwarded-For: 192.0.2.1"], {"REMOTE_ADDR": "192.0.2.1"}, "a network"),
+    ("10.0.0.1 127.0.0.1", ["X-Forwarded-For: 192.0.2.1"], {"REMOTE_ADDR": "192.0.2.1"}, "a list by spaces"),
+    ("127.0.0.1", ["X-Forwarded-For: 198.51.100.9, 192.0.2.1"], {"REMOTE_ADDR": "192.0.2.1"}, "from the right"),
+    ("127.0.0.1", ["X-Forwarded-For: 198.51.100.9", "X-Forwarded-For: 192.0.2.1"], {"REMOTE_ADDR": "192.0.2.1"},
+     "over two lines"),
+    ("127.0.0.1,10.0.0.0/8", ["X-Forwarded-For: 192.0.2.1, 10.1.1.1,10.2.2.2"], {"REMOTE_ADDR": "192.0.2.1"},
+     "past proxies of ours"),
+    ("127.0.0.1,10.0.0.0/8", ["X-Forwarded-For: 10.3.3.3, 10.1.1.1"], {"REMOTE_ADDR": "10.3.3.3"},
+     "all are proxies: the leftmost"),
+    ("*", ["X-Forwarded-For: 198.51.100.9, 192.0.2.1"], {"REMOTE_ADDR": "192.0.2.1"}, "*: the rightmost"),
+    ("127.0.0.1", ["X-Forwarded-For: nonsense, 192.0.2.1"], {"REMOTE_ADDR": "192.0.2.1"}, "what the walk does not reach"),
+    ("127.0.0.1", ["X-Forwarded-For: 192.0.2.1:8080"], {"REMOTE_ADDR": "192.0.2.1"}, "with a port"),
+    ("127.0.0.1", ["X-Forwarded-For: 2001:DB8::1"], {"REMOTE_ADDR": "2001:db8::1"}, "IPv6"),
+    ("127.0.0.1", ["X-Forwarded-For: [2001:db8::1]:443"], {"REMOTE_ADDR": "2001:db8::1"}, "IPv6 with a port"),
+    ("127.0.0.1", ["X-Forwarded-For: [2001:db8::1]"], {"REMOTE_ADDR": "2001:db8::1"}, "IPv6 in brackets"),
+    ("127.0.0.1", ["X-Forwarded-For: unknown"], 400, "no address"),
+    ("127.0.0.1", ["X-Forwarded-For: "], 400, "nothing"),
+    ("127.0.0.1", ["X-Forwarded-For: 192.0.2.1,"], 400, "an empty hop"),
+    ("127.0.0.1", ["X-Forwarded-For: 192.0.2.999"], 400, "an address out of range"),
+    ("127.0.0.1", ["X-Forwarded-For: 192.0.2.1:x"], 400, "a port that is none"),
+    ("127.0.0.1", ["X-Forwarded-For: 192.0.2.1 10.0.0.1"], 400, "two without a comma"),
+    ("127.0.0.1", ["X-Forwarded-Proto: https"], {"wsgi.url_scheme": "https", "HTTPS": "on", "SERVER_PORT": "443"},
+     "https"),
+    ("127.0.0.1", ["X-Forwarded-Proto: http"], {"wsgi.url_scheme": "http", "HTTPS": "off"}, "http"),
+    ("127.0.0.1", ["X-Forwarded-Proto: ftp"], 400, "another scheme"),
+    ("127.0.0.1", ["X-Forwarded-Proto: https", "X-Forwarded-Proto: http"], 400, "two schemes"),
+    ("127.0.0.1", ["X-Forwarded-Proto: https", "X-Forwarded-Host: example.com"],
+     {"HTTP_HOST": "example.com", "SERVER_PORT": "443"}, "the host"),
+    ("127.0.0.1", ["X-Forwarded-Host: example.com:8080"], {"HTTP_HOST": "example.com:8080", "SERVER_PORT": "8080"},
+     "the host with a port"),
+    ("127.0.0.1", ["X-Forwarded-Host: [::1]:8080"], {"HTTP_HOST": "[::1]:8080", "SERVER_PORT": "8080"}, "IPv6 host"),
+    ("127.0.0.1", ["X-Forwarded-Host: a/b"], 400, "an invalid host"),
+    ("127.0.0.1", ["X-Forwarded-Host: a, b"], 400, "two hosts"),
+    ("127.0.0.1", ["X-Forwarded-Port: 8443"], {"HTTP_HOST": "a:8443", "SERVER_PORT": "8443"}, "the port"),
+    ("127.0.0.1", ["X-Forwarded-Proto: https", "X-Forwarded-Port: 443"], {"HTTP_HOST": "a", "SERVER_PORT": "443"},
+     "the port of the scheme"),
+    ("127.0.0.1", ["X-Forwarded-Host: b:81", "X-Forwarded-Port: 82"], 400, "two ports"),
+    ("127.0.0.1", ["X-Forwarded-Port: 70000"], 400, "a port out of range"),
+    ("127.0.0.1", ["X-Forwarded-Port: 80, 81"], 400, "a list of ports"),
+    ("127.0.0.1", ["X-Forwarded-Prefix: /app/"], {"SCRIPT_NAME": "/app", "PATH_INFO": "/x"}, "the prefix"),
+    ("127.0.0.1", ["X-Forwarded-Prefix: //evil.com"], 400, "a prefix that is a host"),
+    ("127.0.0.1", ["X-Forwarded-Prefix: app"], 400, "a prefix without a slash"),
+)  # fmt: skip
+def test_believes_what_a_trusted_proxy_tells(trusted: str, fields: Any, expected: Any) -> None:
+    seen = forward(trusted, *fields)
+    if isinstance(expected, int):
+        assert seen == expected
+    else:
+        assert {name: seen.get(name) for name in expected} == expected
+
+
+@rows(
+    "trusted, peer, is_believed",
+    ("", "127.0.0.1", False, "nobody without the option"),
+    ("10.0.0.1", "127.0.0.1", False, "not another address"),
+    ("unix", "127.0.0.1", False, "unix is no address"),
+    ("unix", "", True, "a unix socket"),
+    ("10.0.0.1", "", False, "a unix socket must be named"),
+    ("*", "", True, "everybody"),
+    ("*", "192.0.2.5", True, "everybody by address"),
+    ("2001:db8::/32", "2001:db8::5", True, "a network of IPv6"),
+    ("127.0.0.1", "::ffff:127.0.0.1", True, "IPv4 through a socket for both"),
+)  # fmt: skip
+def test_believes_only_whom_the_list_names(trusted: str, peer: str, is_believed: bool) -> None:
+    fields = "X-Forwarded-For: 192.0.2.1", "X-Forwarded-Proto: https", "Forwarded: for=192.0.2.1"
+    seen = forward(trusted, *fields, peer=peer)
+    assert (seen["REMOTE_ADDR"] == "192.0.2.1") == (seen["wsgi.url_scheme"] == "https") == is_believed
+    kept = [name for name in seen if "FORWARDED" in name]  # without the option they pass, and mean nothing
+    assert len(kept) == (3 if is_believed or not trusted else 0)
+
+
+@pytest.mark.parametrize("list_", ["10.0.0.1/40", "localhost", "10.0.0", "unix:/x"])
+def test_a_list_of_proxies_that_is_wrong_is_one_clear_sentence(modules: str, list_: str) -> None:
+    ended = run_command(modules, "--check", "--forwarded-allow-ips", list_, "good")
+    assert ended.returncode == 2 and "--forwarded-allow-ips" in ended.stderr and ended.stderr.count("\n") == 1
+
+
+def test_each_request_of_a_connection_has_a_client_of_its_own_also_in_the_log(tmp_path: Any) -> None:
+    code = "answer = environ['REMOTE_ADDR']"
+    with Running(tmp_path, app=RUNS_QUERY, FORWARDED_ALLOW_IPS="127.0.0.1") as server, server.connect() as client:
+        for number in (1, 2, 1, 3):
+            client.sendall(get(b"X-Forwarded-For: 192.0.2.%d" % number, target=make_target(code).encode()))
+            assert read_answer(client).body == b"192.0.2.%d" % number
+        wait_until(lambda: server.output().count("HTTP/1.1") == 4, "the log")
+        assert re.findall(r"^192\.0\.2\.(\d)", server.output(), re.M) == ["1", "2", "1", "3"]
+
+
+SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+V4 = socket.inet_aton("192.0.2.1") + socket.inet_aton("10.0.0.1") + b"\x12\x67\0\x50"  # from port 4711
+V6 = socket.inet_pton(socket.AF_INET6, "2001:db8::1") * 2 + b"\x12\x67\0\x50"
+
+
+@rows(
+    "header, expected",
+    (b"PROXY TCP4 192.0.2.1 10.0.0.1 4711 80\r\n", "192.0.2.1 4711", "version 1, IPv4"),
+    (b"PROXY TCP6 2001:db8::1 ::1 4711 80\r\n", "2001:db8::1 4711", "version 1, IPv6"),
+    (b"PROXY UNKNOWN\r\n", "127.0.0.1", "version 1, unknown"),
+    (b"PROXY UNKNOWN ff:: ff:: 1 2\r\n", "127.0.0.1", "version 1, unknown with addresses"),
+    (SIGNATURE + b"\x21\x11\0\x0c" + V4, "192.0.2.1 4711", "version 2, IPv4"),
+    (SIGNATURE + b"\x21\x11\0\x12" + V4 + b"\x04\0\x03abc", "192.0.2.1 4711", "version 2 with more behind the addresses"),
+    (SIGNATURE + b"\x21\x21\0\x24" + V6, "2001:db8::1 4711", "version 2, IPv6"),
+    (SIGNATURE + b"\x21\x31\0\xd8" + b"/s".ljust(108, b"\0") * 2, "127.0.0.1", "version 2, a unix socket"),
+    (SIGNATURE + b"\x20\x00\0\0", "127.0.0.1", "version 2, LOCAL"),
+    (SIGNATURE + b"\x20\x11\0\x0c" + V4, "127.0.0.1", "version 2, LOCAL with an address"),
+    (b"", None, "none, from a peer that must send one"),
+    (b"PROXY TCP4 192.0.2.1 10.0.0.1 4711\r\n", None, "a port is missing"),
+    (b"PROXY TCP4 192.0.2.999 10.0.0.1 4711 80\n", None, "a bare LF"),
+    (b"PROXY TCP4 x 10.0.0.1 4711 80\r\n", None, "no address"),
+    (b"PROXY TCP6 2001:::1 ::1 4711 80\r\n", None, "a malformed address"),
+    (b"PROXY " + b"x" * 110, None, "too long"),
+    (SIGNATURE + b"\x31\x11\0\x0c" + V4, None, "version 3"),
+    (SIGNATURE + b"\x21\x11\0\x04" + V4[:4], None, "too short"),
+    (SIGNATURE[:8] + b"GET / HTTP", None, "half a signature"),
+)  # fmt: skip
+@pytest.mark.parametrize("step", [0, 1], ids=["whole", "byte by byte"])
+def test_reads_the_proxy_protocol(header: bytes, expected: str | None, step: int) -> None:
+    options = webserver.Options(forwarded_allow_ips="127.0.0.1", proxy_protocol=True, access_log="off", timeout=5)
+    seen: list[str] = []
+
+    def application(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        seen.append((environ["REMOTE_ADDR"] + " " + environ["REMOTE_PORT"]).replace(" 1234", ""))
+        start_response("200 OK", [])
+        return []
+
+    client, server = socket.socketpair()
+    webserver.set_clock(server)
+    data = header + get(b"Connection: close")
+
+    def send() -> None:
+        with contextlib.suppress(OSError):
+            for at in range(0, len(data), step or len(data)):
+                client.sendall(data[at : at + (step or len(data))])
+            client.shutdown(socket.SHUT_WR)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    slot = webserver.Slot(webserver.Scoreboard(1))
+    webserver.serve_connection(application, options, server, ("127.0.0.1", 1234), slot, None, webserver.Transport(options))
+    status = int(client.recv(65536)[9:12])
+    client.close()
+    thread.join()
+    assert (status, seen) == ((200, [expected]) if expected else (400, []))
+
+
+def test_the_proxy_protocol_is_refused_from_others_and_named_without_the_option(tmp_path: Any) -> None:
+    header = b"PROXY TCP4 192.0.2.1 10.0.0.1 4711 80\r\n"
+    for words in (["--proxy-protocol", "--forwarded-allow-ips", "10.0.0.1"], []):
+        with Running(tmp_path, *words, app=RUNS_QUERY) as server:
+            assert server.get().status == 200
+            for data in (header, SIGNATURE + b"\x21\x11\0\x0c" + V4):
+                with server.connect() as client:
+                    client.sendall(data + get(b"Connection: close"))
+                    answer = receive_answer(client)
+                    assert answer.status == 400 and b"--proxy-protocol" in answer.body
+    ended = run_command(tmp_path, "--check", "--proxy-protocol")
+    assert ended.returncode == 2 and "--forwarded-allow-ips" in ended.stderr
+
+
+def test_what_a_proxy_header_told_is_kept_over_rest_and_reload(tmp_path: Any) -> None:
+    words = "--proxy-protocol", "--forwarded-allow-ips", "127.0.0.1"
+    ask = get(target=make_target("answer = environ['REMOTE_ADDR'] + environ['REMOTE_PORT']").encode())
+    with Running(tmp_path, *words, app=RUNS_QUERY) as server, contextlib.ExitStack() as stack:
+        clients = []
+        for number in range(3):
+            clients.append(stack.enter_context(server.connect()))
+            clients[-1].sendall(b"PROXY TCP4 192.0.2.%d 10.0.0.1 4711 80\r\n" % number + ask)
+            assert read_answer(clients[-1]).body == b"192.0.2.%d4711" % number
+        for reload in (False, True):
+            time.sleep(1.3)  # now they are at rest
+            if reload:
+                server.process.send_signal(signal.SIGHUP)
+                wait_until(lambda: server.errors().count("serving on") == 2, "the reload")
+            for number, client in enumerate(clients):
+                client.sendall(ask)
+                assert read_answer(client).body == b"192.0.2.%d4711" % number
+        wait_until(lambda: server.output().count("HTTP/1.1") == 9, "the log")
+        assert set(re.findall(r"^192\.0\.2\.(\d)", server.output(), re.M)) == {"0", "1", "2"}
+
+
+@needs_openssl
+def test_a_proxy_header_stands_before_tls(tmp_path: Any, certificates: str) -> None:
+    words = "--proxy-protocol", "--forwarded-allow-ips", "127.0.0.1", "--certfile", certificates + "/server.both"
+    with Running(tmp_path, *words, app=RUNS_QUERY) as server, server.connect() as client:
+        client.sendall(SIGNATURE + b"\x21\x11\0\x0c" + V4)
+        context = ssl.create_default_context(cafile=certificates + "/ca.pem")
+        with context.wrap_socket(client, server_hostname="localhost") as secure:
+            code = "answer = environ['REMOTE_ADDR'] + environ['wsgi.url_scheme']"
+            assert ask_tls(secure, code).body == b"192.0.2.1https"
+
+
+def test_mounts_the_application_under_a_path(tmp_path: Any) -> None:
+    code = "answer = environ['SCRIPT_NAME'] + ' ' + environ['PATH_INFO']"
+    with Running(tmp_path, "--script-name", "/app/", app=RUNS_QUERY) as server:
+        for path, body in (("/app/run", b"/app /run"), ("/app", b"/app "), ("/app/", b"/app /")):
+            assert server.get(make_target(code, path)).body == body
+        for path in ("/", "/apple", "/other/app"):
+            answer = server.get(make_target("open('called', 'w')", path))
+            assert answer.status == 404 and not (tmp_path / "called").exists()
+    ended = run_command(tmp_path, "--check", "--script-name", "app")
+    assert ended.returncode == 2 and "--script-name is 'app'" in ended.stderr
+
+
+@pytest.mark.parametrize("mode", ["600", "660", "0777"])
+def test_a_unix_socket_has_the_mode_that_was_asked_for(tmp_path: Any, mode: str) -> None:
+    with Running(tmp_path, "--socket-mode", mode, bind="unix:socket", app=RUNS_QUERY):
+        assert os.stat(str(tmp_path / "socket")).st_mode & 0o777 == int(mode, 8)
+    ended = run_command(tmp_path, "--check", "--socket-mode", "rw")
+    assert ended.returncode == 2 and "--socket-mode is 'rw'" in ended.stderr
+
+
+# ---- 19. Before the fork ----------------------------------------------------
+
 # Loads at its first request what it keeps, and can be told to leave something open.
 LAZY = """
     import os, socket, threading, time
