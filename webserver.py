@@ -253,17 +253,19 @@ class Stream:
 
     def receive_at_rest(self) -> bytes:
         """Return the first bytes of a request; OSError as the socket raises it, BlockingIOError if none come."""
-        self.pace, began = None, 0.0
+        self.pace, until = None, 0.0
         while True:
             try:
-                if received := self.sock.recv(RECEIVE_SIZE):
-                    return bytes(received)
-                raise ClientGoneError(0)
-            except BlockingIOError:
+                received: bytes = self.sock.recv(RECEIVE_SIZE)
+                break
+            except BlockingIOError:  # a second has passed
                 now = self.slot.mark_silent()
-                began = began or now
-                if now >= began + self.patience - TICK or not self.slot.may_wait():
+                until = until or now + self.patience - TICK
+                if now >= until or not self.slot.may_wait():
                     raise
+        if not received:
+            raise ClientGoneError(0)
+        return received
 
     def receive_more(self, deadline: float | None = None) -> bool:
         """Add what the client sends next to the buffer; return False if it has ended its side."""
@@ -438,10 +440,15 @@ def receive_head(stream: Stream, deadline: float) -> int:
 
 def is_worth_reading(data: bytes, checked: int) -> bool:
     """Return whether these bytes, of which so many were checked before, are a whole head or cannot be mended."""
-    if data.find(b"\r\n\r\n", max(checked - 3, 0)) < 0:
-        with suppress(HTTPError):
+    end = data.find(b"\r\n\r\n", max(checked - 3, 0)) + 4
+    try:
+        if end < 4:
             check_partial_head(data, checked)
             return False  # part two holds the connection on
+        if end <= MAX_REMEMBERED:
+            parse_head(data[:end])  # processes that are forked from now on remember it
+    except Exception:
+        pass  # the process that reads it meets the same, and answers
     return True
 
 
@@ -763,7 +770,7 @@ class ResponseHead(NamedTuple):
 class Framing(NamedTuple):
     """How a response is framed: decided once, when its head is sent (RFC 9112 §6.3)."""
 
-    head: bytes  # from the status-line to the empty line
+    lines: bytes  # from the status-line on, but for the Date and the empty line
     length: float  # of the body, in bytes; UNBOUNDED if only its end will tell
     has_body: bool  # else what the application gives is dropped
     is_chunked: bool
@@ -806,12 +813,11 @@ class Response:
         """Send a block of the body, with the head before the first, and with what ends the body behind the last."""
         if not isinstance(block, bytes):
             raise TypeError("a block of the body is not bytes: %.100r" % (block,))
-        before = behind = b""
-        if (framing := self.framing) is None:
+        before, behind, framing = b"", b"", self.framing
+        if framing is None:
             if not (block or is_last):
                 return
-            framing = self.frame(len(block) if is_last else None)
-            before = framing.head
+            framing, before = self.frame(len(block) if is_last else None)
         if len(block) > framing.length - self.sent:
             if not self.drops_blocks:
                 self.drops_blocks = True
@@ -851,8 +857,8 @@ class Response:
         if not (stat.S_ISREG(status.st_mode) and status.st_blocks):
             return False
         offset = file.tell()
-        framing = self.frame(max(status.st_size - offset, 0))
-        self.stream.send(framing.head)
+        framing, head = self.frame(max(status.st_size - offset, 0))
+        self.stream.send(head)
         # To read and send was 1.4 times as fast as sendfile(2) over loopback on Linux 6.18, and took less processor.
         while block := os.pread(fd, int(min(framing.length - self.sent, FILE_BLOCK_SIZE)), offset + self.sent):
             self.stream.send(block)
@@ -860,8 +866,8 @@ class Response:
             self.stream.slot.mark_progress()
         return True
 
-    def frame(self, size: int | None) -> Framing:
-        """Decide the framing, for a body of this size if it is known."""
+    def frame(self, size: int | None) -> tuple[Framing, bytes]:
+        """Decide the framing, for a body of this size if it is known; return it, and the head that tells it."""
         if self.head is None:
             raise AssertionError("the application did not call start_response")
         if self.body:
@@ -872,18 +878,15 @@ class Response:
         slot = self.stream.slot
         if slot.orders[0]:  # under pressure, a client that has sent more requests already must queue for them
             self.is_closing |= slot.is_stopping() or (slot.is_pressed() and not self.body and self.stream.has_more())
-        method, version, second = self.request.method, self.request.version, int(time.time())
-        framing = make_framing(self.head, method, version, size, self.is_closing, second)
+        framing = make_framing(self.head, self.request.method, self.request.version, size, self.is_closing)
         self.framing, self.is_closing, self.drops_blocks = framing, framing.is_closing, not framing.has_body
         if framing.is_ended_by_close:
             self.stream.reset_on_close(True)
-        return framing
+        return framing, framing.lines + (b"\r\n" if self.head.has_date else make_date(int(time.time())))
 
 
-@lru_cache(maxsize=64)  # for a response that repeats within a second
-def make_framing(
-    head: ResponseHead, method: str, version: str, size: int | None, is_closing: bool, second: int
-) -> Framing:
+@lru_cache(maxsize=64)
+def make_framing(head: ResponseHead, method: str, version: str, size: int | None, is_closing: bool) -> Framing:
     """Return the framing of a response, for a body of this size if it is known from elsewhere than its head."""
     lines, length, is_http10 = head.lines, head.length, version == "HTTP/1.0"
     has_body = method != "HEAD" and head.status not in (204, 304)  # RFC 9110 §6.4.1
@@ -897,10 +900,14 @@ def make_framing(
         lines += b"Content-Length: %d\r\n" % length
     if is_closing or is_http10:
         lines += b"Connection: close\r\n" if is_closing else b"Connection: keep-alive\r\n"
-    if not head.has_date:
-        lines += format_time("Date: {0}, {2} {1} {4} {3} GMT\r\n", second).encode()
     bound = 0 if not has_body else UNBOUNDED if length is None else length
-    return Framing(lines + b"\r\n", bound, has_body, is_chunked, is_closing, bound == UNBOUNDED and not is_chunked)
+    return Framing(lines, bound, has_body, is_chunked, is_closing, bound == UNBOUNDED and not is_chunked)
+
+
+@lru_cache(maxsize=1)
+def make_date(second: int) -> bytes:
+    """Return the field line Date, and the empty line behind it (RFC 9110 §6.6.1)."""
+    return format_time("Date: {0}, {2} {1} {4} {3} GMT\r\n\r\n", second).encode()
 
 
 @lru_cache(maxsize=64)
@@ -970,7 +977,8 @@ def serve_connection(
             stream.preface = partial(transport.open, stream, environ)
         slot.mark_silent()
         while serve_request(application, options, stream, environ, deadline):
-            deadline, stream.patience = None, stream.patience and options.keep_alive
+            if deadline:
+                deadline, stream.patience = None, stream.patience and options.keep_alive
             if not slot.may_wait() and not stream.has_more():
                 raise ClientSilentError
         stream.sock.shutdown(socket.SHUT_WR)  # the end for the client, if a process of the application holds a copy
@@ -1465,12 +1473,12 @@ class Channel:
         """Send a message; BlockingIOError if there is no room for it, another OSError if nobody will receive it."""
         self.sender.sendmsg((message,), [(*RIGHTS, b"".join(map(DESCRIPTOR.pack, fds)))] if fds else [])
 
-    def receive(self, flags: int = 0, space: int = socket.CMSG_SPACE(4), size: int = 128) -> tuple[bytes, list[int]]:
+    def receive(self, flags: int = 0, space: int = socket.CMSG_SPACE(4), size: int = 128) -> tuple[bytes, bytes]:
         """Return the next message and its descriptors, b"" at the end; BlockingIOError if none comes in a second."""
         message, rights, flags, _ = self.receiver.recvmsg(size, space, flags | CLOSE_ON_EXEC)
         if flags & CUT_OFF:  # the kernel has closed the descriptors that this process may not open
             log_throttled("connections are lost: %s" % os.strerror(errno.EMFILE))
-        return message, [fd for (fd,) in DESCRIPTOR.iter_unpack(rights[0][2])] if rights else []
+        return message, rights[0][2] if rights else b""
 
 
 def make_channel() -> Channel:
@@ -1491,7 +1499,8 @@ class Child:
 
     def __init__(self, serve: Service, family: int, mailbox: Channel, board: Scoreboard, options: Options) -> None:
         self.serve_connection, self.family, self.queue, self.mailbox = serve, family, make_channel(), mailbox
-        self.options, self.slot = options, Slot(board, is_one_of_many=not options.no_fork)
+        self.options, self.connections = options, options.connections_per_child
+        self.slot = Slot(board, is_one_of_many=not options.no_fork)
         self.sock: socket.SocketType | None = None  # the connection in hand
         self.interrupted = 0.0  # since when the wait or the work lasted that was interrupted: once is enough
 
@@ -1513,7 +1522,7 @@ class Child:
 
     def serve_connections(self) -> None:
         """Take connections out of the queue and serve them, as many as this process may."""
-        left = self.options.connections_per_child  # 0 never comes to 0 again
+        left = self.connections  # 0 never comes to 0 again
         while taken := self.receive_connection():
             if self.serve(*taken):
                 self.give_back(taken[0])
@@ -1523,24 +1532,26 @@ class Child:
             self.slot.mark_waiting(True)
         self.slot.mark_waiting(False)
         if not self.slot.orders[0] & WANTED:  # else the parent forks anyway
-            with suppress(OSError):
+            try:  # `suppress` would cost each fork some pages more
                 self.mailbox.send(DONE)
+            except OSError:
+                pass  # the parent is dead, or has much to read
 
     def receive_connection(self) -> tuple[socket.SocketType, float] | None:
         """Return the next connection, and by when its head must be complete; None if this child is to leave."""
         while True:
             try:
-                message, fds = self.queue.receive()
+                message, rights = self.queue.receive()
             except BlockingIOError:  # a second has passed
                 if not self.slot.is_retiring():
                     continue
                 return None
             except OSError:  # it was closed: a process that the application has forked
                 return None
-            if not fds:  # asked to leave, or the end of the queue
+            if not rights:  # asked to leave, or the end of the queue
                 return None
             self.slot.mark_waiting(False, taken=1)
-            sock = socket.SocketType(self.family, STREAM, 0, fds[0])
+            sock = socket.SocketType(self.family, STREAM, 0, DESCRIPTOR.unpack(rights)[0])
             if sock.gettimeout() is not None:  # an application has set a default: the clock would mean nothing
                 sock.setblocking(True)
             self.slot.memo = message[DEADLINE.size :]
@@ -1605,8 +1616,10 @@ def exit_child(status: int) -> NoReturn:
 def flush_output() -> None:
     """Write out what the streams of Python hold."""
     for file in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, OSError, ValueError):  # there is none, or nobody reads it, or it was closed
+        try:
             file.flush()
+        except (AttributeError, OSError, ValueError):
+            pass  # there is none, or nobody reads it, or it was closed
 
 
 # ---- 13. Reactor ------------------------------------------------------------
@@ -1756,15 +1769,24 @@ class Reactor:
         if self.resting.pop(connection.sock.fileno(), None):
             self.selector.unregister(connection.sock)
 
-    def take_back(self, channel: Channel | None = None) -> None:
+    def take_back(self) -> None:
         """Receive the connections that are given back, by the mailbox, up to a message of another kind."""
-        deadline = time.monotonic() + max(self.options.keep_alive - TICK, 0.0)  # they were silent for a TICK
-        with suppress(BlockingIOError):
-            while (received := (channel or self.mailbox).receive(DONT_WAIT, SPACE, MEMOS))[1]:
-                for fd, memo in zip(received[1], received[0].split(b"\n")[1:]):
-                    self.make_room()
-                    self.rest(Connection(socket.SocketType(self.listener.family, STREAM, 0, fd), deadline, memo))
-            self.is_child_done |= received[0] == DONE  # else it is a signal's number
+        while True:
+            try:
+                message, rights = self.mailbox.receive(DONT_WAIT)
+            except BlockingIOError:
+                return
+            if not rights:
+                self.is_child_done |= message == DONE  # else it is a signal's number
+                return
+            self.hold(message, rights)
+
+    def hold(self, message: bytes, rights: bytes) -> None:
+        """Hold connections that were silent for a TICK and come with this message."""
+        deadline = time.monotonic() + max(self.options.keep_alive - TICK, 0.0)
+        for (fd,), memo in zip(DESCRIPTOR.iter_unpack(rights), message.split(b"\n")[1:]):
+            self.make_room()
+            self.rest(Connection(socket.SocketType(self.listener.family, STREAM, 0, fd), deadline, memo))
 
     def expire(self, now: float) -> None:
         """Close who has been silent too long; a head that has begun is answered 408 by a child."""
@@ -1945,7 +1967,7 @@ class Queue:
         untaken: list[tuple[int, bytes]] = []
         with suppress(BlockingIOError):
             while (received := self.channel.receive(DONT_WAIT))[0]:
-                untaken += [(fd, received[0][DEADLINE.size :]) for fd in received[1]]
+                untaken += [(fd, received[0][DEADLINE.size :]) for fd, in DESCRIPTOR.iter_unpack(received[1])]
         with suppress(OSError):
             self.channel.sender.shutdown(socket.SHUT_WR)
         return untaken
@@ -2005,7 +2027,7 @@ class Parent:
             return self.tick_at
         if self.fork_at is None or (now >= self.fork_at > 0 > spare and self.queue.count_taken() >= self.put_in_before):
             self.fork_at, self.put_in_before = now + FORK_DELAY, self.queue.put_in
-        if spare < 0 and self.options.connections_per_child == 1:
+        if spare < 0 and self.child.connections == 1:
             self.fork_at = now
         self.fork_at = max(self.fork_at, self.fork_again_at)
         if now >= self.fork_at:
@@ -2017,6 +2039,7 @@ class Parent:
     def fork(self) -> None:
         """Fork a child, which waits at the queue. If the system allows no more, so many are the cap for a while."""
         slot = self.board.allot()
+        make_date(int(time.time()))  # the child remembers it
         try:
             pid = self.signals.fork()
         except OSError as error:  # EAGAIN: a limit of processes, ENOMEM
@@ -2835,8 +2858,10 @@ def limit_memory(allowed: int) -> None:
 
 def run_exit_handlers() -> None:
     """Run what was registered in this process: by atexit, weakref.finalize (temporary folders) and multiprocessing."""
-    with suppress(Exception, SystemExit):  # whose traceback it has printed
+    try:
         atexit._run_exitfuncs()  # the other two have registered themselves there once, in the parent
+    except (Exception, SystemExit):
+        pass  # it has printed the traceback
     registry, inherited = FINALIZERS or ((), ())
     if len(registry) != len(inherited):
         for finalizer in [own for own in reversed(registry) if own not in inherited and own.atexit]:
@@ -3317,7 +3342,10 @@ def run(
     reactor = Reactor(listener, mailbox, options)
     if kept:  # what was at rest before the reload
         with socket.socket(fileno=kept[4]) as receiver, socket.socket(fileno=kept[5]) as sender:
-            reactor.take_back(Channel(receiver, sender))
+            channel = Channel(receiver, sender)
+            with suppress(BlockingIOError):
+                while True:
+                    reactor.hold(*channel.receive(DONT_WAIT, SPACE, MEMOS))
     child = Child(service, listener.family, mailbox, board, options)
     prepare_to_fork(options)
 
