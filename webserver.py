@@ -43,6 +43,7 @@ import stat
 import struct
 import sys
 import time
+import types
 from collections import Counter, deque
 from contextlib import suppress
 from functools import lru_cache, partial
@@ -261,7 +262,7 @@ class Stream:
             except BlockingIOError:  # a second has passed
                 now = self.slot.mark_silent()
                 until = until or now + self.patience - TICK
-                if now >= until or not self.slot.may_wait():
+                if now >= until or not self.slot.may_keep():
                     raise
         if not received:
             raise ClientGoneError(0)
@@ -878,6 +879,8 @@ class Response:
         slot = self.stream.slot
         if slot.orders[0]:  # under pressure, a client that has sent more requests already must queue for them
             self.is_closing |= slot.is_stopping() or (slot.is_pressed() and not self.body and self.stream.has_more())
+        if self.stream.patience:  # nobody else could go on with this connection
+            self.is_closing |= slot.is_pressed() or slot.must_leave()
         framing = make_framing(self.head, self.request.method, self.request.version, size, self.is_closing)
         self.framing, self.is_closing, self.drops_blocks = framing, framing.is_closing, not framing.has_body
         if framing.is_ended_by_close:
@@ -970,8 +973,8 @@ def serve_connection(
     deadline: float | None = None, transport: Transport | None = None,
 ) -> bool:  # fmt: skip
     """Serve the requests of a connection, the first head of which has a deadline; return whether it is at rest then."""
+    stream = Stream(sock, slot, options.timeout)
     try:
-        stream = Stream(sock, slot, options.timeout)
         environ = make_connection_environ(sock, address, not options.no_fork)
         if transport and (transport.context or transport.is_proxied):
             stream.preface = partial(transport.open, stream, environ)
@@ -985,10 +988,11 @@ def serve_connection(
     except (ClientSilentError, BlockingIOError):
         if stream.sock is sock:
             return True
-        with suppress(OSError):  # a TLS session, which no other process could go on with
-            stream.sock.shutdown(socket.SHUT_WR)
     except (ClientGoneError, OSError):
         pass
+    if stream.sock is not sock:  # a TLS session, which no other process could go on with: tell its end
+        with suppress(OSError):
+            stream.sock.shutdown(socket.SHUT_WR)
     sock.close()
     return False
 
@@ -1430,6 +1434,12 @@ class Slot:
         """Return whether this is still the process that serves, and not one that the application has forked from it."""
         return self.pid == os.getpid()
 
+    def may_keep(self) -> bool:
+        """Return whether a connection at rest may stay that no other process could go on with: also after a reload."""
+        if self.may_wait():
+            return True
+        return not self.orders[0] & (PRESSED | STOPPING) and self.look_at < self.leave_by[self.index] < UNBOUNDED
+
     def may_wait(self) -> bool:
         """The request is done: return whether the next one may be waited for; give way to a parent that must fork."""
         now, orders = time.monotonic(), self.orders[0]
@@ -1562,8 +1572,9 @@ class Child:
         self.sock = sock
         try:
             address = sock.getpeername()
-        except OSError:  # it was reset
-            address = ""
+        except OSError:  # it was reset: nobody would get the answer
+            sock.close()
+            return False
         self.slot.client = address[0].encode() if isinstance(address, tuple) else b"unix"
         return self.serve_connection(sock, address, self.slot, deadline)
 
@@ -2221,8 +2232,10 @@ def serve_alone(child: Child, reactor: Reactor, signals: Signals) -> None:
         reactor.wait(TICK)
         while reactor.ready:
             connection = reactor.ready.popleft()
+            child.slot.memo = connection.memo
             if child.serve(connection.sock, connection.deadline):
-                reactor.rest(Connection(connection.sock, time.monotonic() + reactor.options.keep_alive))
+                deadline = time.monotonic() + reactor.options.keep_alive
+                reactor.rest(Connection(connection.sock, deadline, child.slot.memo))
             if not child.slot.is_own():
                 exit_child(0)  # in a process that the application has forked
         reactor.expire(time.monotonic())
@@ -2487,10 +2500,18 @@ class TLSSocket:
         """Receive data, as recv(2) does; b"" after close_notify."""
         if self.is_ended:
             return self.sock.recv(size, flags)  # to be dropped
+        until = time.monotonic() + TICK  # also for a client that sends one record byte by byte
         while True:
             if self.incoming.pending or self.session.pending():
-                with suppress(self.want_read):  # a part of a record
+                try:
                     return bytes(self.session.read(size))
+                except self.want_read:  # a part of a record
+                    if time.monotonic() >= until:
+                        raise BlockingIOError from None
+                finally:
+                    if self.outgoing.pending:  # an alert, or the answer to an update of the keys
+                        with suppress(OSError):
+                            self.push(DONT_WAIT)
             self.fill(flags)
 
     def send(self, data: Any, flags: int = 0) -> int:
@@ -2547,9 +2568,9 @@ DEFAULT_PORTS = {"http": "80", "https": "443"}
 FORWARDED = ["HTTP_X_FORWARDED_" + name for name in ("FOR", "PROTO", "HOST", "PORT", "PREFIX")]
 # address [ ":" port ]; an IPv6 address with a port is in brackets
 HOP = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?|([0-9.]+)(?::[0-9]{1,5})?|([0-9A-Fa-f:.]+)")
-MOUNT = re.compile(r"(?:/[^/?#%\x00-\x20\x7f-\xff]+)*/?")
+MOUNT = re.compile(r"(?:/[^/?#%\x00-\x20\x7f-\U0010ffff]+)*/?")
 PROXY_LINE = re.compile(
-    rb"PROXY (?:UNKNOWN[^\r\n]*|TCP[46] ([0-9A-Fa-f:.]+) [0-9A-Fa-f:.]+ ([0-9]{1,5}) [0-9]{1,5})\r\n"
+    rb"PROXY (?:UNKNOWN[^\r\n]*|TCP([46]) ([0-9A-Fa-f:.]+) [0-9A-Fa-f:.]+ ([0-9]{1,5}) [0-9]{1,5})\r\n"
 )
 PROXY_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"  # what a header of version 2 begins with
 MAX_PROXY_LINE = 107  # bytes of a header of version 1, its CRLF included
@@ -2570,7 +2591,14 @@ class Trust:
                 self.networks.append(ipaddress.ip_network(word, strict=False))
             except ValueError:
                 raise StartError("--forwarded-allow-ips: not an address or a network: %r" % word, 2) from None
-        self.parse = lru_cache(maxsize=256)(ipaddress.ip_address)
+
+        @lru_cache(maxsize=256)
+        def parse(address: str) -> Any:
+            """Return the address; of one that IPv6 has mapped, the IPv4 address; ValueError."""
+            parsed = ipaddress.ip_address(address)
+            return getattr(parsed, "ipv4_mapped", None) or parsed
+
+        self.parse = parse
 
     def covers_peer(self, address: str) -> bool:
         """Return whether a peer with this address, "" at a unix socket, is believed."""
@@ -2587,7 +2615,7 @@ class Trust:
         for hop in reversed(hops.split(",")):  # what stands left of the client may be anybody's invention
             match = HOP.fullmatch(hop.strip(" \t"))
             try:
-                client = str(self.parse(match and (match[1] or match[2] or match[3])))
+                client = str(self.parse((match[1] or match[2] or match[3]) if match else ""))
                 if not self.covers(client):
                     break
             except ValueError:
@@ -2627,7 +2655,8 @@ def apply_forwarded(environ: Environ, trust: Trust) -> None:
 
 def find_authority(environ: Environ, host: str | None, port: str | None) -> tuple[str, str]:
     """Return the host and the port that the client has asked for."""
-    authority = host if host is not None else environ.get("HTTP_HOST") or str(environ["SERVER_NAME"])
+    own = environ.get("HTTP_HOST") or ("[%s]" if ":" in environ["SERVER_NAME"] else "%s") % environ["SERVER_NAME"]
+    authority = host if host is not None else str(own)
     check_host(authority.encode("latin-1"), "an invalid X-Forwarded-Host")
     name, _, own_port = authority.rpartition(":") if re.search(":[0-9]*$", authority) else (authority, "", "")
     default = DEFAULT_PORTS[environ["wsgi.url_scheme"]]
@@ -2665,8 +2694,13 @@ def parse_proxy_header(data: bytes) -> tuple[int, str] | None:
         raise HTTPError(400, "a malformed PROXY header")
     if match[1] is None:  # UNKNOWN
         return end, "-"
-    check_host(b"[%s]" % match[1] if b":" in match[1] else match[1], "a PROXY header with an invalid address")
-    return end, "%s %d" % (match[1].decode(), int(match[2]))
+    family, address = socket.AF_INET if match[1] == b"4" else socket.AF_INET6, match[2].decode()
+    try:
+        is_valid = bool(socket.inet_pton(family, address)) and int(match[3]) < 65536
+    except OSError:
+        is_valid = False
+    require(is_valid, 400, "a PROXY header with an invalid address")
+    return end, "%s %d" % (strip_mapping(address), int(match[3]))
 
 
 def parse_binary_proxy_header(data: bytes) -> tuple[int, str] | None:
@@ -2683,7 +2717,7 @@ def parse_binary_proxy_header(data: bytes) -> tuple[int, str] | None:
         return 16 + size, "-"
     require(size >= 2 * length + 4, 400, "a PROXY header that is too short")
     (port,) = struct.unpack_from(">H", data, 16 + 2 * length)
-    return 16 + size, "%s %d" % (socket.inet_ntop(family, data[16 : 16 + length]), port)
+    return 16 + size, "%s %d" % (strip_mapping(socket.inet_ntop(family, data[16 : 16 + length])), port)
 
 
 class Transport:
@@ -2848,12 +2882,15 @@ def lower_descriptor_limit() -> None:
 
 def limit_memory(allowed: int) -> None:
     """Have every child limited to so many bytes beyond what it inherits (getrlimit(2), RLIMIT_DATA); StartError."""
+    import resource
+
     try:
         with open("/proc/self/status", "rb") as file:
             inherited = int(re.findall(rb"VmData:\s*(\d+) kB", file.read())[0]) * 1024
     except (OSError, IndexError):
         raise StartError("--limit-memory needs /proc/self/status of Linux: leave it out here") from None
-    MEMORY_LIMIT[:] = [inherited + allowed]
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    MEMORY_LIMIT[:] = [min(inherited + allowed, hard) if hard >= 0 else inherited + allowed]
 
 
 def run_exit_handlers() -> None:
@@ -2929,15 +2966,20 @@ def load_warm(load: Callable[[], Application], transport: Transport, options: Op
 
 def warm_up(application: Application, options: Options, target: str) -> None:
     """Serve a GET of this path or URL to ourselves; StartError if it fails or leaves something open."""
-    client: Any = Client(REHEARSAL % target.encode())
     before, began = find_opened(), time.monotonic()
-    handler = signal.signal(signal.SIGALRM, end_warm_up)
-    signal.setitimer(signal.ITIMER_REAL, options.timeout)
+    handler = signal.signal(signal.SIGALRM, partial(end_warm_up, began + options.timeout + KILL_AFTER))
+    signal.setitimer(signal.ITIMER_REAL, options.timeout, TICK)
+    pid, client = os.getpid(), Client(REHEARSAL % target.encode())
     try:
-        serve_ourselves(application, options, client)
+        ask(application, Stream(client, Slot(Scoreboard(1)), options.timeout), client)
+    except (Exception, SystemExit, Overdue) as error:
+        log_exception(error)
+        raise StartError("GET %s has failed while warming up: see the traceback above" % target) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
+        if pid != os.getpid():
+            exit_at_once(0)  # a process that the application has forked
     took = time.monotonic() - began
     if client.status >= 500:
         raise StartError("GET %s was answered %d while warming up: see the log above" % (target, client.status))
@@ -2950,28 +2992,32 @@ def warm_up(application: Application, options: Options, target: str) -> None:
     log_error("warmed up: GET %s %d in %d ms" % (target, client.status, took * 1000))
 
 
-def end_warm_up(*_: Any) -> NoReturn:
-    """Interrupt a warm-up that takes too long."""
-    raise Overdue
+def ask(application: Application, stream: Stream, client: Any) -> None:
+    """Take the request of a warm-up through the parser, the environ, the application and the response."""
+    request, variables = parse_head(read_head(stream, None))
+    stream.slot.mark_busy(request.line)
+    shared = make_connection_environ(client, ("127.0.0.1", 0), True)
+    environ = {**variables, **shared, "webserver.requests": 1, "wsgi.input": io.BytesIO()}
+    run_application(application, environ, Response(stream, request, True))
+
+
+def end_warm_up(deadline: float, *_: Any) -> None:
+    """Interrupt a warm-up that takes too long; end the process if that takes no notice."""
+    if time.monotonic() < deadline:
+        raise Overdue
+    write_line(2, "webserver.py: the warm-up takes too long and cannot be interrupted")
+    os._exit(1)
 
 
 def rehearse() -> None:
     """Serve the built-in page to ourselves: what the interpreter learns, all children inherit (5 % fewer faults)."""
+    options, slot = Options(access_log="off"), Slot(Scoreboard(1))
     for _ in range(REHEARSALS):
         client, server = socket.socketpair()
         client.sendall(REHEARSAL % b"/")
-        serve_ourselves(show_environ, Options(), socket.SocketType(socket.AF_UNIX, STREAM, 0, server.detach()))
+        sock = socket.SocketType(socket.AF_UNIX, STREAM, 0, server.detach())
+        serve_connection(show_environ, options, sock, ("127.0.0.1", 0), slot)
         client.close()
-
-
-def serve_ourselves(application: Application, options: Options, sock: socket.SocketType) -> None:
-    """Serve the request of a rehearsal."""
-    slot = Slot(Scoreboard(1), is_one_of_many=False)
-    try:
-        serve_connection(application, options._replace(access_log="off"), sock, ("127.0.0.1", 0), slot)
-    finally:
-        if not slot.is_own():
-            exit_at_once(0)  # a process that the application has forked
 
 
 class Client:
@@ -3001,12 +3047,11 @@ class Client:
     def setsockopt(self, *_: Any) -> None:
         """Set nothing."""
 
-    shutdown = close = setsockopt
-
 
 def find_opened() -> set[tuple[str, int, str]]:
     """Return the connections to a named peer and the threads of this process: the kind, the number and the name."""
-    opened = set()
+    opened, timeout = set(), socket.getdefaulttimeout()
+    socket.setdefaulttimeout(None)  # it would change sockets that are only looked at
     with suppress(OSError):  # there is no /dev/fd
         for fd in sorted(map(int, os.listdir("/dev/fd"))):
             with suppress(OSError):  # it is no socket, or has no peer
@@ -3017,6 +3062,7 @@ def find_opened() -> set[tuple[str, int, str]]:
                     sock.detach()
                 if fd > 2 and peer and not is_log:  # a log may be shared: syslog's, or systemd's at stderr
                     opened.add(("connection", fd, describe_peer(peer)))
+    socket.setdefaulttimeout(timeout)
     if threading := sys.modules.get("threading"):
         others = set(threading.enumerate()) - {threading.main_thread()}
         opened |= {("thread", thread.ident, thread.name) for thread in others}
@@ -3146,7 +3192,7 @@ def accepts(found: Any, count: int) -> bool:
 
 def find_function(found: Any) -> Any:
     """Return the function that is called when an object is."""
-    return found if hasattr(found, "__code__") else found.__call__
+    return found if isinstance(found, (types.FunctionType, types.MethodType)) else found.__call__
 
 
 def list_callables(module: Any) -> str:
@@ -3284,7 +3330,8 @@ def start(load: Callable[[], Application], options: Options) -> None:
     # Step 1: what needs no socket.
     options = check_options(options)
     open_standard_files()
-    transport = Transport(options)
+    kept = find_kept()
+    transport = insist(partial(Transport, options), kept)
     load = partial(load_warm, load, transport, options)
     if options.check or os.environ.get("WEBSERVER_CHECK") == str(os.getpid()):
         application = load()
@@ -3294,7 +3341,6 @@ def start(load: Callable[[], Application], options: Options) -> None:
     options = options._replace(max_connections=raise_descriptor_limit(options.max_connections))
     rehearse()
     # Step 2: the sockets, opened or kept in a reload, and then no more privileges.
-    kept = find_kept()
     options = options._replace(bind=find_inherited_address() or options.bind)
     sock = socket.socket(fileno=kept[1]) if kept else open_listener(options.bind, options.socket_mode)
     listener = Listener(sock, options.bind)
@@ -3313,21 +3359,28 @@ def start(load: Callable[[], Application], options: Options) -> None:
             sock.close()
 
 
-def load_guarded(load: Callable[[], Application], signals: Signals, kept: list[int]) -> Application:
+def load_guarded(load: Callable[[], Application], signals: Signals, kept: list[int]) -> Any:
     """Return the application; while it is loaded, a signal to stop ends the process, also as PID 1."""
     signals.receiver = partial(end_loading, signals.pending, bool(kept))
     signals.detach = lambda: None
     signals.catch(*(SIGNALS if kept else (signal.SIGTERM, signal.SIGALRM)))
     signal.alarm(int(CHECK_TIMEOUT) if kept else LOADING_IS_SLOW)
     try:
-        return load()
-    except StartError:
-        if not kept:
-            raise
-        time.sleep(TICK)  # it did load when it was checked: try again
-        replace_program(kept)
+        return insist(load, kept)
     finally:
         signal.alarm(0)
+
+
+def insist(make: Callable[[], Any], kept: list[int]) -> Any:
+    """Return what is made; if that fails in a reload, which was checked before, start again. StartError."""
+    try:
+        return make()
+    except StartError as reason:
+        if not kept:
+            raise
+        log_error("the reload fails and is tried again: %s" % reason)
+        time.sleep(TICK)
+        replace_program(kept)
 
 
 def run(
