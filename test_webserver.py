@@ -4520,7 +4520,7 @@ def forward(trusted: str, *fields: str, peer: str = "127.0.0.1", **options: Any)
     ("127.0.0.1", ["X-Forwarded-For: 192.0.2.1 10.0.0.1"], 400, "two without a comma"),
     ("127.0.0.1", ["X-Forwarded-Proto: https"], {"wsgi.url_scheme": "https", "HTTPS": "on", "SERVER_PORT": "443"},
      "https"),
-    ("127.0.0.1", ["X-Forwarded-Proto: http"], {"wsgi.url_scheme": "http", "HTTPS": "off"}, "http"),
+    ("127.0.0.1", ["X-Forwarded-Proto: http"], {"wsgi.url_scheme": "http", "HTTPS": None}, "http"),
     ("127.0.0.1", ["X-Forwarded-Proto: ftp"], 400, "another scheme"),
     ("127.0.0.1", ["X-Forwarded-Proto: https", "X-Forwarded-Proto: http"], 400, "two schemes"),
     ("127.0.0.1", ["X-Forwarded-Proto: https", "X-Forwarded-Host: example.com"],

@@ -2645,7 +2645,10 @@ def apply_forwarded(environ: Environ, trust: Trust) -> None:
         environ["REMOTE_ADDR"], environ["REMOTE_PORT"] = trust.find_client(hops), ""
     if scheme is not None:
         require(scheme in DEFAULT_PORTS, 400, "an invalid X-Forwarded-Proto")
-        environ["wsgi.url_scheme"], environ["HTTPS"] = scheme, "on" if scheme == "https" else "off"
+        environ["wsgi.url_scheme"] = scheme
+        environ.pop("HTTPS", None)
+        if scheme == "https":
+            environ["HTTPS"] = "on"
     if (scheme, host, port) != (None, None, None):
         environ["HTTP_HOST"], environ["SERVER_PORT"] = find_authority(environ, host, port)
     if prefix is not None:
