@@ -7,10 +7,12 @@ dishonest client.
 
 from __future__ import annotations
 
+import base64
 import bz2
 import contextlib
 import email.utils
 import gzip
+import hashlib
 import http.client
 import io
 import json
@@ -5088,6 +5090,7 @@ def test_the_built_in_page_shows_the_process_and_the_environ(tmp_path: Any) -> N
             for accept in ("*/*", "text/html,application/xhtml+xml,*/*;q=0.8"):
                 connection.request("GET", "/a?q=<script>&amp;", headers={"Accept": accept, "X-Tag": "<b>"})
                 response = connection.getresponse()
+                policy = response.getheader("Content-Security-Policy")
                 pages.append((response.getheader("Content-Type"), response.read().decode()))
         (plain_type, plain), (html_type, html) = pages
         assert plain_type.startswith("text/plain") and html_type.startswith("text/html")
@@ -5095,6 +5098,12 @@ def test_the_built_in_page_shows_the_process_and_the_environ(tmp_path: Any) -> N
         assert pid in html and pid != str(server.pid)
         assert "<script>" in plain and "<script>" not in html and "<b>" not in html and "&lt;script&gt;" in html
         keys = re.findall(r"^\W*([A-Z_]{4,}|wsgi\.\w+)\b", plain, re.M)
+        assert server.get("/favicon.ico").status == 404
+        style = find(r"(?s)<style>(.*?)</style>", html).encode()
+        digest = base64.b64encode(hashlib.sha256(style).digest()).decode()
+        assert policy == "default-src 'none'; style-src 'sha256-%s'; base-uri 'none'; frame-ancestors 'none'" % digest
+        assert re.findall("<h2>(.*?)</h2>", html) == ["Request", "Fields", "WSGI", "Server"]
+        assert sorted(re.findall("<dt>(.*?)<dd>", html)) == re.findall(r"^(\S+) = ", plain, re.M)
         assert keys == sorted(keys) and {"PATH_INFO", "wsgi.input", "HTTP_X_TAG", "REMOTE_ADDR"} <= set(keys)
 
 

@@ -3095,18 +3095,28 @@ def prepare_to_fork(options: Options) -> None:
 
 IS_ASYNC = 0x80 | 0x200  # inspect.CO_COROUTINE, CO_ASYNC_GENERATOR
 PAGE = """<!DOCTYPE html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>It works</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 3rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; width: 100%%; font: 14px/1.6 ui-monospace, monospace }
-th { text-align: left; padding-right: 1.5rem; vertical-align: top; white-space: nowrap }
-td { overflow-wrap: anywhere } tr { border-top: 1px solid #ddd }
-</style>
-<h1>It works</h1><p>%s. An application would have seen this environ:</p>
-<table>
-%s
-</table></html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>It works</title><style>%s</style>
+<main><h1>It works</h1><p>%s.</p>
+<p>Next: put an application into <code>hello.py</code>, and serve it: <code>python3 webserver.py hello:app</code></p>
+<p>Here it would have seen this environ:</p>
+%s</main></html>
 """
+STYLE = """
+:root { color-scheme: light dark; --line: #8883 }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 }
+main { max-width: 60rem; margin: auto; padding: 2rem 1rem }
+h1, dd { margin: 0 } h2 { font-size: 1rem; margin: 2rem 0 .25rem }
+code, dl { font: 14px/1.6 ui-monospace, monospace; overflow-wrap: anywhere }
+code { background: var(--line); padding: .1em .3em }
+dl { display: grid; grid-template-columns: minmax(14rem, max-content) 1fr; margin: 0 }
+dt, dd { border-top: 1px solid var(--line); padding: .1rem 0 } dt { padding-right: 1.5rem; opacity: .7 }
+@media (max-width: 40rem) { dl { grid-template-columns: 1fr } dd { border: 0; padding-left: 1rem } }
+"""
+GROUPS = (  # of what is in an environ, in the order of the page: a title, and how the keys begin
+    ("Request", ("REQUEST_", "SCRIPT_", "PATH_", "QUERY_", "CONTENT_", "REMOTE_", "SERVER_PROTOCOL")),
+    ("Fields", ("HTTP_",)), ("WSGI", ("wsgi.",)), ("Server", ("",)),
+)  # fmt: skip
 
 
 def load_application(name: str) -> Application:
@@ -3207,17 +3217,34 @@ def list_callables(module: Any) -> str:
 
 def show_environ(environ: Environ, start_response: StartResponse) -> list[bytes]:
     """The application that is served when none is named: who answered, and what an application sees."""
+    if environ["PATH_INFO"] == "/favicon.ico":
+        start_response("404 Not Found", [])
+        return []
     facts = "%s, process %d, its request number %d" % (PRODUCT, os.getpid(), environ["webserver.requests"])
     rows = [(key, repr(value)) for key, value in sorted(environ.items())]
     if "text/html" in environ.get("HTTP_ACCEPT", ""):
-        from html import escape as escape_html
-
-        table = "\n".join("<tr><th>%s<td>%s" % (escape_html(key), escape_html(value)) for key, value in rows)
-        kind, text = "text/html", PAGE % (escape_html(facts), table)
-    else:
-        kind, text = "text/plain", "%s\n\n%s\n" % (facts, "\n".join("%s = %s" % row for row in rows))
-    start_response("200 OK", [("Content-Type", kind + "; charset=utf-8")])
+        return [make_page(facts, rows, start_response)]
+    text = "%s\n\n%s\n" % (facts, "\n".join("%s = %s" % row for row in rows))
+    start_response("200 OK", [("Content-Type", "text/plain; charset=utf-8")])
     return [text.encode("utf-8", "backslashreplace")]
+
+
+def make_page(facts: str, rows: list[tuple[str, str]], start_response: StartResponse) -> bytes:
+    """Return this for people, under a policy that allows the page nothing but its own style sheet."""
+    from base64 import b64encode
+    from hashlib import sha256
+    from html import escape as escape_html
+
+    blocks, left = [], rows
+    for title, beginnings in GROUPS:
+        group = [row for row in left if row[0].startswith(beginnings)]
+        left = [row for row in left if row not in group]
+        items = "\n".join("<dt>%s<dd>%s" % (escape_html(key), escape_html(value)) for key, value in group)
+        blocks.append("<h2>%s</h2><dl>\n%s\n</dl>" % (title, items))
+    digest = b64encode(sha256(STYLE.encode()).digest()).decode()
+    policy = "default-src 'none'; style-src 'sha256-%s'; base-uri 'none'; frame-ancestors 'none'" % digest
+    start_response("200 OK", [("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", policy)])
+    return (PAGE % (STYLE, escape_html(facts), "\n".join(blocks))).encode("utf-8", "backslashreplace")
 
 
 # ---- 21. Command line -------------------------------------------------------
