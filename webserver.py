@@ -3109,7 +3109,7 @@ main { max-width: 60rem; margin: auto; padding: 2rem 1rem }
 h1, dd { margin: 0 } h2 { font-size: 1rem; margin: 2rem 0 .25rem }
 code, dl { font: 14px/1.6 ui-monospace, monospace; overflow-wrap: anywhere }
 code { background: var(--line); padding: .1em .3em }
-dl { display: grid; grid-template-columns: minmax(14rem, max-content) 1fr; margin: 0 }
+dl { display: grid; grid-template-columns: minmax(17rem, max-content) 1fr; margin: 0 }
 dt, dd { border-top: 1px solid var(--line); padding: .1rem 0 } dt { padding-right: 1.5rem; opacity: .7 }
 @media (max-width: 40rem) { dl { grid-template-columns: 1fr } dd { border: 0; padding-left: 1rem } }
 """
