@@ -1001,9 +1001,8 @@ def serve_request(
     application: Application, options: Options, stream: Stream, shared: Environ, deadline: float | None
 ) -> bool:
     """Serve the next request; return whether another may follow. ClientSilentError, ClientGoneError: there is none."""
-    slot, head, began, detail = stream.slot, b"", 0.0, ""
+    slot, environ, head, began, detail = stream.slot, shared, b"", 0.0, ""
     response: Response | None = None
-    environ = shared
     try:
         # Step 1: read the head, on a new connection behind what precedes it, and interpret it.
         if stream.preface:
@@ -1025,8 +1024,7 @@ def serve_request(
         if not response:
             if isinstance(error, (ClientSilentError, ClientGoneError, OSError)):
                 raise  # between two requests
-            line = (head or stream.buffer[stream.start :]).lstrip(b"\r\n").partition(b"\r\n")[0]
-            response = Response(stream, Request("HEAD" if line.startswith(b"HEAD ") else "", line=line), True)
+            response = Response(stream, make_unread_request(head or stream.buffer[stream.start :]), True)
         # Step 4: answer what went wrong.
         detail = recover(response, error)
     # Step 5: log it, and leave the connection in a state in which the next request can be read, or end it.
@@ -1039,6 +1037,12 @@ def serve_request(
     if detail or stream.has_more() or response.request.is_persistent or (body and (body.is_chunked or body.remaining)):
         stream.linger()
     return False
+
+
+def make_unread_request(data: bytes) -> Request:
+    """Return what stands for a request that could not be read, of which there are these bytes."""
+    line = data.lstrip(b"\r\n").partition(b"\r\n")[0]
+    return Request("HEAD" if line.startswith(b"HEAD ") else "", line=line)
 
 
 def recover(response: Response, error: BaseException) -> str:
@@ -1608,9 +1612,15 @@ class Child:
     def detach(self) -> None:
         """Give up, in a process that the application has forked, what is the server's: it must not answer, too."""
         self.slot.attach(Scoreboard(1), 0, self.slot.pid)
-        for sock in (self.sock, self.queue.receiver, self.mailbox.sender):
-            if sock:
-                sock.close()
+        if self.sock:
+            self.sock.close()
+        self.close()
+
+    def close(self) -> None:
+        """Close the channels."""
+        for channel in (self.queue, self.mailbox):
+            channel.receiver.close()
+            channel.sender.close()
 
 
 def exit_child(status: int) -> NoReturn:
@@ -1990,8 +2000,6 @@ class Parent:
     def __init__(self, child: Child, reactor: Reactor, signals: Signals, options: Options) -> None:
         self.child, self.reactor, self.signals, self.options = child, reactor, signals, options
         self.board, self.queue = child.slot.board, Queue(child.queue, child.slot.board)
-        files = child.queue.sender, child.mailbox.receiver, reactor.selector
-        self.own_descriptors = (self.board.fd, *(file.fileno() for file in files))  # that no child needs
         self.reload = Reload(options, signals, reactor, self.queue)
         for slot in self.board.children.values():  # they may have waited for the mailbox while the new code was loaded
             self.board.leave_by[slot] = max(self.board.leave_by[slot], time.monotonic() + CLIENT_SLACK)
@@ -2064,9 +2072,7 @@ class Parent:
         self.totals["forks"] += 1
 
     def give_up(self) -> None:
-        """In the child: close what is the parent's. Its wake-up descriptor stays: a signal is a byte in the mailbox."""
-        for fd in self.own_descriptors:
-            os.close(fd)
+        """In the child: give up the connections of the parent. To close its channels, too, would cost 5 %."""
         self.reactor.close_copies()
         self.signals.receiver = self.child.on_signal
         self.signals.detach = self.child.detach
@@ -3436,8 +3442,6 @@ def run(
         """Give up what is the server's."""
         child.detach()
         reactor.close_copies()
-        for file in (child.queue.sender, mailbox.receiver, reactor.selector):
-            file.close()
 
     signals.detach = detach
     alone = partial(serve_alone, child, reactor, signals)
@@ -3450,8 +3454,8 @@ def run(
     loop()
     log_error("stopped")
     signals.release()
-    for sock in (mailbox.receiver, mailbox.sender, child.queue.receiver, child.queue.sender, reactor.selector):
-        sock.close()
+    child.close()
+    reactor.selector.close()
     if board.fd >= 0:
         os.close(board.fd)
 
