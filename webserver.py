@@ -982,7 +982,7 @@ def serve_connection(
         while serve_request(application, options, stream, environ, deadline):
             if deadline:
                 deadline, stream.patience = None, stream.patience and options.keep_alive
-            if not slot.may_wait() and not stream.has_more():
+            if not (slot.may_wait() or stream.has_more() or stream.patience):
                 raise ClientSilentError
         stream.sock.shutdown(socket.SHUT_WR)  # the end for the client, if a process of the application holds a copy
     except (ClientSilentError, BlockingIOError):
