@@ -1751,7 +1751,6 @@ class Reactor:
 
     def look_at(self, connection: Connection) -> None:
         """Look at what the client has sent: is it for a child, or does the connection rest?"""
-        seen = connection.seen
         try:
             count = connection.sock.recv_into(self.peeked, 0, PEEK)
         except BlockingIOError:
@@ -1762,12 +1761,14 @@ class Reactor:
         if count == 0:
             self.drop(connection)
         # As many as before: it was woken by the end of what the client sends.
-        elif self.is_opaque or count == seen or is_worth_reading(bytes(self.peeked[:count]), seen):
+        elif (
+            self.is_opaque or count == connection.seen or is_worth_reading(bytes(self.peeked[:count]), connection.seen)
+        ):
             self.make_ready(connection)
         else:
             # The selector reports it when more is there (SO_RCVLOWAT, socket(7)).
             connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count + 1)
-            if not seen:  # a head has the head's time, and not more by a byte now and then
+            if not connection.seen:  # a head has the head's time, and not more by a byte now and then
                 connection.deadline = time.monotonic() + self.head_timeout
             connection.seen = count
             self.rest(connection)
@@ -1988,7 +1989,7 @@ class Queue:
         untaken: list[tuple[int, bytes]] = []
         with suppress(BlockingIOError):
             while (received := self.channel.receive(DONT_WAIT))[0]:
-                untaken += [(fd, received[0][DEADLINE.size :]) for fd, in DESCRIPTOR.iter_unpack(received[1])]
+                untaken += [(fd, received[0][DEADLINE.size :]) for (fd,) in DESCRIPTOR.iter_unpack(received[1])]
         with suppress(OSError):
             self.channel.sender.shutdown(socket.SHUT_WR)
         return untaken
@@ -2009,12 +2010,11 @@ class Parent:
         self.put_in_before = 0  # how many requests there were when that was decided
         self.fork_again_at = self.fork_pause = 0.0  # no fork before, since children have died before they served
         self.tick_at = self.stop_at = 0.0  # when `watch` is due; when listening ends, 0 until a stop is asked for
-        self.is_over = False
+        self.is_over = self.is_advised = False  # all has ended; what processes cost was said
         self.told: dict[int, tuple[float, float]] = {}  # by slot: no progress since when, interrupted when
         self.has_terminal = signals.handlers.get(signal.SIGHUP) != signal.SIG_IGN and can_open_terminal()
         names = "forks", "reaped", "crashes", "timeouts", "requests", "ms of processor"
         self.totals: dict[str, float] = dict.fromkeys(names, 0)
-        self.is_advised = False  # of what processes cost
 
     def run(self) -> None:
         """Serve until the server was stopped and the last child was reaped."""
