@@ -1750,7 +1750,8 @@ class Reactor:
         connection.sock.close()
 
     def look_at(self, connection: Connection) -> None:
-        """Look at what the client has sent: is it for a child, or does the connection rest?"""
+        """Look at what the client has sent, or that it has ended: is it for a child, or does the connection rest?"""
+        seen = connection.seen  # as many bytes as before: it has ended
         try:
             count = connection.sock.recv_into(self.peeked, 0, PEEK)
         except BlockingIOError:
@@ -1760,15 +1761,12 @@ class Reactor:
             count = 0  # a reset
         if count == 0:
             self.drop(connection)
-        # As many as before: it was woken by the end of what the client sends.
-        elif (
-            self.is_opaque or count == connection.seen or is_worth_reading(bytes(self.peeked[:count]), connection.seen)
-        ):
+        elif self.is_opaque or count == seen or is_worth_reading(bytes(self.peeked[:count]), seen):
             self.make_ready(connection)
         else:
             # The selector reports it when more is there (SO_RCVLOWAT, socket(7)).
             connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count + 1)
-            if not connection.seen:  # a head has the head's time, and not more by a byte now and then
+            if not seen:  # a head has the head's time, and not more by a byte now and then
                 connection.deadline = time.monotonic() + self.head_timeout
             connection.seen = count
             self.rest(connection)
