@@ -1612,15 +1612,9 @@ class Child:
     def detach(self) -> None:
         """Give up, in a process that the application has forked, what is the server's: it must not answer, too."""
         self.slot.attach(Scoreboard(1), 0, self.slot.pid)
-        if self.sock:
-            self.sock.close()
-        self.close()
-
-    def close(self) -> None:
-        """Close the channels."""
-        for channel in (self.queue, self.mailbox):
-            channel.receiver.close()
-            channel.sender.close()
+        for sock in (self.sock, self.queue.receiver, self.mailbox.sender):
+            if sock:
+                sock.close()
 
 
 def exit_child(status: int) -> NoReturn:
@@ -1845,6 +1839,7 @@ CLIENT_SLACK = 3.0  # and a wait for the client, whose end a child sees by itsel
 LAST_CALL = 1.0  # seconds that a connection at rest is given, when it must go, for a request that may be under way
 FORK_DELAY = 0.01  # seconds from the moment that no child is spare to the fork of the next, if none is done before
 FAIR_ORDER_EVERY = 0.05  # seconds: to look at who is at work takes time
+TOTALS = "forks", "reaped", "crashes", "timeouts", "requests", "ms of processor"
 ADVICE_AFTER, EXPENSIVE, FEW_REQUESTS = 100, 20.0, 4  # processes; ms of processor for each; requests for each
 SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)
 
@@ -2002,8 +1997,8 @@ class Parent:
         self.reload = Reload(options, signals, reactor, self.queue)
         for slot in self.board.children.values():  # they may have waited for the mailbox while the new code was loaded
             self.board.leave_by[slot] = max(self.board.leave_by[slot], time.monotonic() + CLIENT_SLACK)
-        self.most = min(options.max_children, len(self.board.pids))  # a reload keeps the size of the board
-        self.cap = self.most  # less, where the system does not allow so many
+        # A reload keeps the size of the board; and the cap is less where the system does not allow so many.
+        self.most = self.cap = min(options.max_children, len(self.board.pids))
         self.fork_at: float | None = 0.0  # when the next child is to be forked; None: when there is a reason
         self.put_in_before = 0  # how many requests there were when that was decided
         self.fork_again_at = self.fork_pause = 0.0  # no fork before, since children have died before they served
@@ -2011,8 +2006,7 @@ class Parent:
         self.is_over = self.is_advised = False  # all has ended; what processes cost was said
         self.told: dict[int, tuple[float, float]] = {}  # by slot: no progress since when, interrupted when
         self.has_terminal = signals.handlers.get(signal.SIGHUP) != signal.SIG_IGN and can_open_terminal()
-        names = "forks", "reaped", "crashes", "timeouts", "requests", "ms of processor"
-        self.totals: dict[str, float] = dict.fromkeys(names, 0)
+        self.totals: dict[str, float] = dict.fromkeys(TOTALS, 0)
 
     def run(self) -> None:
         """Serve until the server was stopped and the last child was reaped."""
@@ -2070,7 +2064,9 @@ class Parent:
         self.totals["forks"] += 1
 
     def give_up(self) -> None:
-        """In the child: give up the connections of the parent. To close its channels, too, would cost 5 %."""
+        """In the child: close what is the parent's. Its wake-up descriptor stays: a signal is a byte in the mailbox."""
+        for sock in (self.child.queue.sender, self.child.mailbox.receiver):
+            os.close(sock.fileno())
         self.reactor.close_copies()
         self.signals.receiver = self.child.on_signal
         self.signals.detach = self.child.detach
@@ -3440,6 +3436,8 @@ def run(
         """Give up what is the server's."""
         child.detach()
         reactor.close_copies()
+        for file in (child.queue.sender, mailbox.receiver, reactor.selector):
+            file.close()
 
     signals.detach = detach
     alone = partial(serve_alone, child, reactor, signals)
@@ -3452,8 +3450,7 @@ def run(
     loop()
     log_error("stopped")
     signals.release()
-    child.close()
-    reactor.selector.close()
+    detach()
     if board.fd >= 0:
         os.close(board.fd)
 
