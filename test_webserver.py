@@ -4139,8 +4139,10 @@ def certificates(tmp_path_factory: Any) -> str:
         subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
 
     openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
-            "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/O=The tests/CN=An authority")  # fmt: skip
-    write_file(folder + "/names", "subjectAltName=DNS:localhost,IP:127.0.0.1\n")
+            "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/O=The tests/CN=An authority",
+            "-addext", "keyUsage=critical,keyCertSign")  # fmt: skip
+    extensions = "subjectAltName=DNS:localhost,IP:127.0.0.1", "authorityKeyIdentifier=keyid", "subjectKeyIdentifier=hash"
+    write_file(folder + "/names", "\n".join(extensions) + "\n")
     for name, subject in (("server", "/CN=localhost"), ("next", "/CN=localhost"),
                           ("client", "/C=DE/O=One, two\\+three/OU=\u00e4/CN=A client")):  # fmt: skip
         openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-utf8",
