@@ -4127,7 +4127,7 @@ def test_serves_on_an_inherited_descriptor(tmp_path: Any, listening: bool) -> No
 
 # ---- 16. TLS ----------------------------------------------------------------
 
-needs_openssl = pytest.mark.skipif(not shutil.which("openssl"), reason="openssl, which makes the certificates, is missing")
+needs_openssl = pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl, which makes the certificates")
 
 
 @pytest.fixture(scope="session")
@@ -4141,15 +4141,16 @@ def certificates(tmp_path_factory: Any) -> str:
     openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
             "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/O=The tests/CN=An authority",
             "-addext", "keyUsage=critical,keyCertSign")  # fmt: skip
-    extensions = "subjectAltName=DNS:localhost,IP:127.0.0.1", "authorityKeyIdentifier=keyid", "subjectKeyIdentifier=hash"
-    write_file(folder + "/names", "\n".join(extensions) + "\n")
+    names = "subjectAltName=DNS:localhost,IP:127.0.0.1\n"
+    write_file(folder + "/names", names + "authorityKeyIdentifier=keyid\nsubjectKeyIdentifier=hash\n")
     for name, subject in (("server", "/CN=localhost"), ("next", "/CN=localhost"),
                           ("client", "/C=DE/O=One, two\\+three/OU=\u00e4/CN=A client")):  # fmt: skip
         openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-utf8",
                 "-keyout", name + ".key", "-out", name + ".csr", "-subj", subject)  # fmt: skip
         openssl("x509", "-req", "-in", name + ".csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
                 "-days", "2", "-extfile", "names", "-out", name + ".pem")  # fmt: skip
-        write_file(folder + "/%s.both" % name, read_file("%s/%s.pem" % (folder, name)) + read_file("%s/%s.key" % (folder, name)))
+        path = "%s/%s" % (folder, name)
+        write_file(path + ".both", read_file(path + ".pem") + read_file(path + ".key"))
     openssl("pkey", "-in", "server.key", "-aes128", "-passout", "pass:secret", "-out", "locked.key")
     write_file(folder + "/nothing.pem", "no certificate")
     return folder
@@ -4311,7 +4312,7 @@ def test_the_deadlines_hold_over_tls(tmp_path: Any, certificates: str, data: str
 
 @needs_openssl
 @pytest.mark.parametrize("count", [1, 5, 100, -1])
-def test_a_handshake_that_stops_is_closed_at_the_deadline_of_a_head(tmp_path: Any, certificates: str, count: int) -> None:
+def test_a_handshake_that_stops_has_the_deadline_of_a_head(tmp_path: Any, certificates: str, count: int) -> None:
     words = "--timeout", "1", "--certfile", certificates + "/server.both"
     with Running(tmp_path, *words, app=RUNS_QUERY) as server, server.connect() as client:
         outgoing = ssl.MemoryBIO()
@@ -4374,12 +4375,17 @@ def test_no_tls_request_is_lost_where_others_wait_or_code_is_reloaded(tmp_path: 
         clients = [threading.Thread(target=load) for _ in range(4)]
         for client in clients:
             client.start()
-        for number in range(2):
-            wait_until(lambda: len(answers) > 50 * (number + 1), "answers")
+
+
+        def wait_answers() -> None:
+            count = len(answers)
+            wait_until(lambda: len(answers) > count + 50, "answers")
+
+        for starts in (2, 3):
+            wait_answers()
             server.process.send_signal(signal.SIGHUP)
-            wait_until(lambda: server.errors().count("serving on") == number + 2, "the reload")
-        count = len(answers)
-        wait_until(lambda: len(answers) > count + 50, "answers")
+            wait_until(lambda starts=starts: server.errors().count("serving on") == starts, "the reload")
+        wait_answers()
         stop.set()
         for client in clients:
             client.join(PATIENCE)
@@ -4463,7 +4469,7 @@ def test_sighup_takes_renewed_certificates_and_leaves_the_old_ones_if_they_are_b
 
 
 @needs_openssl
-def test_a_tls_connection_at_rest_stays_with_its_child_and_gives_way_at_the_cap(tmp_path: Any, certificates: str) -> None:
+def test_a_tls_connection_at_rest_stays_with_its_child_and_gives_way(tmp_path: Any, certificates: str) -> None:
     words = "--max-children", "2", "--certfile", certificates + "/server.both"
     with Running(tmp_path, *words, app=RUNS_QUERY) as server:
         with start_tls(server, certificates) as first, start_tls(server, certificates) as second:
@@ -4515,7 +4521,7 @@ def forward(trusted: str, *fields: str, peer: str = "127.0.0.1", **options: Any)
     ("127.0.0.1,10.0.0.0/8", ["X-Forwarded-For: 10.3.3.3, 10.1.1.1"], {"REMOTE_ADDR": "10.3.3.3"},
      "all are proxies: the leftmost"),
     ("*", ["X-Forwarded-For: 198.51.100.9, 192.0.2.1"], {"REMOTE_ADDR": "192.0.2.1"}, "*: the rightmost"),
-    ("127.0.0.1", ["X-Forwarded-For: nonsense, 192.0.2.1"], {"REMOTE_ADDR": "192.0.2.1"}, "what the walk does not reach"),
+    ("127.0.0.1", ["X-Forwarded-For: nonsense, 192.0.2.1"], {"REMOTE_ADDR": "192.0.2.1"}, "beyond the walk"),
     ("127.0.0.1", ["X-Forwarded-For: 192.0.2.1:8080"], {"REMOTE_ADDR": "192.0.2.1"}, "with a port"),
     ("127.0.0.1", ["X-Forwarded-For: 2001:DB8::1"], {"REMOTE_ADDR": "2001:db8::1"}, "IPv6"),
     ("127.0.0.1", ["X-Forwarded-For: [2001:db8::1]:443"], {"REMOTE_ADDR": "2001:db8::1"}, "IPv6 with a port"),
@@ -4568,6 +4574,7 @@ def test_believes_what_a_trusted_proxy_tells(trusted: str, fields: Any, expected
     ("*", "192.0.2.5", True, "everybody by address"),
     ("2001:db8::/32", "2001:db8::5", True, "a network of IPv6"),
     ("127.0.0.1", "::ffff:127.0.0.1", True, "IPv4 through a socket for both"),
+    ("fe80::/10", "fe80::1%eth0", True, "a peer on the same link, with its zone (RFC 4007)"),
 )  # fmt: skip
 def test_believes_only_whom_the_list_names(trusted: str, peer: str, is_believed: bool) -> None:
     fields = "X-Forwarded-For: 192.0.2.1", "X-Forwarded-Proto: https", "Forwarded: for=192.0.2.1"
@@ -4605,7 +4612,7 @@ V6 = socket.inet_pton(socket.AF_INET6, "2001:db8::1") * 2 + b"\x12\x67\0\x50"
     (b"PROXY UNKNOWN\r\n", "127.0.0.1", "version 1, unknown"),
     (b"PROXY UNKNOWN ff:: ff:: 1 2\r\n", "127.0.0.1", "version 1, unknown with addresses"),
     (SIGNATURE + b"\x21\x11\0\x0c" + V4, "192.0.2.1 4711", "version 2, IPv4"),
-    (SIGNATURE + b"\x21\x11\0\x12" + V4 + b"\x04\0\x03abc", "192.0.2.1 4711", "version 2 with more behind the addresses"),
+    (SIGNATURE + b"\x21\x11\0\x12" + V4 + b"\x04\0\x03abc", "192.0.2.1 4711", "version 2 with more behind"),
     (SIGNATURE + b"\x21\x21\0\x24" + V6, "2001:db8::1 4711", "version 2, IPv6"),
     (SIGNATURE + b"\x21\x31\0\xd8" + b"/s".ljust(108, b"\0") * 2, "127.0.0.1", "version 2, a unix socket"),
     (SIGNATURE + b"\x20\x00\0\0", "127.0.0.1", "version 2, LOCAL"),
@@ -4648,7 +4655,8 @@ def test_reads_the_proxy_protocol(header: bytes, expected: str | None, step: int
     thread = threading.Thread(target=send)
     thread.start()
     slot = webserver.Slot(webserver.Scoreboard(1))
-    webserver.serve_connection(application, options, server, ("127.0.0.1", 1234), slot, None, webserver.Transport(options))
+    transport = webserver.Transport(options)
+    webserver.serve_connection(application, options, server, ("127.0.0.1", 1234), slot, transport=transport)
     status = int(client.recv(65536)[9:12])
     client.close()
     thread.join()
@@ -4864,7 +4872,8 @@ def test_a_process_that_has_used_up_its_memory_leaves(tmp_path: Any) -> None:
         assert server.run("x = bytearray(40_000_000)") != pid
 
 
-def test_an_untouched_chunked_body_is_told_with_what_to_do(tmp_path: Any) -> None:
+@pytest.mark.parametrize("field", [b"Connection: keep-alive", b"Connection: close"])
+def test_an_untouched_chunked_body_is_told_with_what_to_do(tmp_path: Any, field: bytes) -> None:
     """Django and Bottle take a body without CONTENT_LENGTH for none."""
     code = "answer = environ.get('CONTENT_LENGTH', '-') + environ['wsgi.input'].read(%s).decode()[:3]"
     words = "--buffer-chunked", "1K"
@@ -4872,7 +4881,8 @@ def test_an_untouched_chunked_body_is_told_with_what_to_do(tmp_path: Any) -> Non
         for size, amount, expected in ((1024, "", b"1024xxx"), (1025, "", b"-xxx"), (70_000, "0", b"-")):
             assert "--buffer-chunked" not in server.errors()
             with server.connect() as client:
-                head = get(b"Transfer-Encoding: chunked", target=make_target(code % amount).encode(), method=b"POST")
+                target = make_target(code % amount).encode()
+                head = get(field, b"Transfer-Encoding: chunked", target=target, method=b"POST")
                 client.sendall(head + b"%x\r\n%s\r\n0\r\n\r\n" % (size, b"x" * size))
                 assert read_answer(client).body == expected
         assert "more than 1024 bytes: raise --buffer-chunked" in server.wait_for_log("read nothing")

@@ -117,7 +117,7 @@ OPTIONS: dict[str, Option] = {
     "limit_request_body": Option("BYTES", (0, 1e18), "the largest body of a request, as 512K, 100M or 1G (1G)"),
     "limit_memory": Option("BYTES", (0, 1e18), "what a process may allocate beyond what it inherits, 0 for any (0)"),
     "buffer_chunked": Option("BYTES", (0, 1e18), "a chunked body up to this size gets a CONTENT_LENGTH (1M)"),
-    "warm_up": Option("PATH", None, "ask for this path, or URL, before the first fork; may be given several times"),
+    "warm_up": Option("PATH", None, "GET this path, or URL, before the first fork; may be given several times"),
     "certfile": Option("FILE", None, "serve TLS with the certificate in this file, which may hold the key, too"),
     "keyfile": Option("FILE", None, "the key of the certificate"),
     "ca_certs": Option("FILE", None, "demand a client certificate from one of the authorities in this file"),
@@ -128,7 +128,7 @@ OPTIONS: dict[str, Option] = {
     "user": Option("NAME[:GROUP]", None, "run as this user once the address is bound"),
     "access_log": Option("FORMAT", ("combined", "json", "off"), "combined, json or off, on stdout"),
     "reload": Option("", None, "reload when a source file changes"),
-    "check": Option("", None, "load the application, say what was found, and exit with 0 or 1"),
+    "check": Option("", None, "check the options, load and warm up the application, and exit"),
     "no_fork": Option("", None, "serve in one process, one request at a time, for a debugger"),
 }
 
@@ -238,12 +238,12 @@ class Stream:
 
     # ClientGoneError: there is no client any more. ClientSilentError: nothing has come for the timeout, or less than
     # `Pace` asks for, or, while others wait for a process, nothing for a second.
-    __slots__ = ("buffer", "pace", "patience", "preface", "previous_head", "slot", "sock", "start", "timeout")
+    __slots__ = ("buffer", "pace", "preface", "previous_head", "rest_timeout", "slot", "sock", "start", "timeout")
 
     def __init__(self, sock: Any, slot: Slot, timeout: float) -> None:
         self.sock, self.slot, self.timeout = sock, slot, timeout
         self.preface: Callable[[float | None], None] | None = None  # receives what precedes HTTP on a new connection
-        self.patience = 0.0  # seconds that a connection at rest stays with this process, if nobody else could hold it
+        self.rest_timeout = 0.0  # seconds that a connection at rest stays here, where nobody else could hold it
         self.buffer, self.start = b"", 0  # what was received, and where the part begins that is not consumed
         self.previous_head = b""  # clients repeat their heads
         self.pace: Pace | None = None  # of the request in hand, once its client was waited for
@@ -252,17 +252,17 @@ class Stream:
         """Return whether bytes are here that were not consumed."""
         return self.start != len(self.buffer)
 
-    def receive_at_rest(self) -> bytes:
+    def receive_at_rest(self, deadline: float | None) -> bytes:
         """Return the first bytes of a request; OSError as the socket raises it, BlockingIOError if none come."""
-        self.pace, until = None, 0.0
+        self.pace = None
         while True:
             try:
                 received: bytes = self.sock.recv(RECEIVE_SIZE)
                 break
             except BlockingIOError:  # a second has passed
                 now = self.slot.mark_silent()
-                until = until or now + self.patience - TICK
-                if now >= until or not self.slot.may_keep():
+                deadline = deadline or now + self.rest_timeout - TICK
+                if not self.rest_timeout or now >= deadline or not self.slot.may_keep():
                     raise
         if not received:
             raise ClientGoneError(0)
@@ -410,14 +410,14 @@ class Request(NamedTuple):
 def read_head(stream: Stream, deadline: float | None) -> bytes:
     """Return the next head with its empty line; HTTPError if it cannot be good, or is not whole by the deadline."""
     if not stream.has_more():
-        stream.buffer, stream.start = stream.receive_at_rest(), 0
+        stream.buffer, stream.start = stream.receive_at_rest(deadline), 0
         if stream.buffer == stream.previous_head:  # the same once more: 10 % faster than to search it and hash it again
             stream.start = len(stream.buffer)
             return stream.previous_head
     while stream.buffer[stream.start : stream.start + 3] in (b"\r", b"\r\n"):  # old clients send it behind a body
         if deadline and time.monotonic() >= deadline:
             raise ClientGoneError(0)
-        stream.buffer, stream.start = stream.buffer[stream.start :] + stream.receive_at_rest(), 0
+        stream.buffer, stream.start = stream.buffer[stream.start :] + stream.receive_at_rest(deadline), 0
     if (end := stream.buffer.find(b"\r\n\r\n", stream.start) + 4) < 4:
         end = receive_head(stream, deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout))
     stream.previous_head, stream.start = stream.buffer[stream.start : end], end
@@ -666,11 +666,14 @@ class Body(io.RawIOBase):
             environ["wsgi.input"], self.ahead = io.BufferedReader(self, RECEIVE_SIZE), bytes(content)
             self.is_untouched = was_chunked
 
-    def drain(self) -> bool:
-        """Read what the application left; return whether that was the end, so that a next request can follow."""
+    def check_use(self) -> None:
+        """Say what to do if the application has ended without a look at a streamed body."""
         if self.is_untouched:
             size = "a chunked body of more than %d bytes" % self.buffered
             log_throttled("the application has read nothing of %s: raise --buffer-chunked for it" % size)
+
+    def drain(self) -> bool:
+        """Read what the application left; return whether that was the end, so that a next request can follow."""
         if self.awaits_continue or self.failure:
             return False
         left, waste = MAX_DRAINED, bytearray(RECEIVE_SIZE)
@@ -756,6 +759,8 @@ def run_application(application: Application, environ: Environ, response: Respon
     finally:
         if hasattr(blocks, "close"):
             blocks.close()
+    if response.body:
+        response.body.check_use()
 
 
 class ResponseHead(NamedTuple):
@@ -879,7 +884,7 @@ class Response:
         slot = self.stream.slot
         if slot.orders[0]:  # under pressure, a client that has sent more requests already must queue for them
             self.is_closing |= slot.is_stopping() or (slot.is_pressed() and not self.body and self.stream.has_more())
-        if self.stream.patience:  # nobody else could go on with this connection
+        if self.stream.rest_timeout:  # nobody else could go on with this connection
             self.is_closing |= slot.is_pressed() or slot.must_leave()
         framing = make_framing(self.head, self.request.method, self.request.version, size, self.is_closing)
         self.framing, self.is_closing, self.drops_blocks = framing, framing.is_closing, not framing.has_body
@@ -976,13 +981,12 @@ def serve_connection(
     stream = Stream(sock, slot, options.timeout)
     try:
         environ = make_connection_environ(sock, address, not options.no_fork)
-        if transport and (transport.context or transport.is_proxied):
+        if transport:
             stream.preface = partial(transport.open, stream, environ)
         slot.mark_silent()
         while serve_request(application, options, stream, environ, deadline):
-            if deadline:
-                deadline, stream.patience = None, stream.patience and options.keep_alive
-            if not (slot.may_wait() or stream.has_more() or stream.patience):
+            deadline = None
+            if not (slot.may_wait() or stream.has_more() or stream.rest_timeout):
                 raise ClientSilentError
         stream.sock.shutdown(socket.SHUT_WR)  # the end for the client, if a process of the application holds a copy
     except (ClientSilentError, BlockingIOError):
@@ -1166,7 +1170,7 @@ def log_exception(error: BaseException, line: bytes = b"") -> None:
 # ---- Part two: processes ----------------------------------------------------
 # The parent accepts, and holds the connections that nobody works at. One whose next head is there it puts into the
 # queue; whichever child waits there takes it, and gives it back when the client has been silent for a second. The
-# parent reads no byte of a client and calls no application.
+# parent consumes no byte of a client and calls no application.
 #
 # ---- 10. Listening socket ---------------------------------------------------
 # An address -> a socket that listens: opened here, or inherited from a service manager (socket(7), sd_listen_fds(3)).
@@ -1346,7 +1350,7 @@ class Scoreboard:
 
     def allot(self) -> int:
         """Return a slot for a child that is to be forked: it counts as waiting from now on."""
-        slot = self.pids.tolist().index(0)  # a low one
+        slot = self.pids[: self.used + 1].tolist().index(0)  # a low one
         self.used = max(self.used, slot + 1)
         self.waiting[slot] = 1
         return slot
@@ -1442,7 +1446,8 @@ class Slot:
         """Return whether a connection at rest may stay that no other process could go on with: also after a reload."""
         if self.may_wait():
             return True
-        return not self.orders[0] & (PRESSED | STOPPING) and self.look_at < self.leave_by[self.index] < UNBOUNDED
+        is_in_time = time.monotonic() + TICK < self.leave_by[self.index] < UNBOUNDED
+        return is_in_time and not self.orders[0] & (PRESSED | STOPPING)
 
     def may_wait(self) -> bool:
         """The request is done: return whether the next one may be waited for; give way to a parent that must fork."""
@@ -1450,7 +1455,7 @@ class Slot:
         self.since[self.index] = -now
         if orders & WANTED:
             give_way()  # the parent competes with all busy children, and newcomers wait for it
-        if now > self.look_at:  # to ask the kernel after each request would cost 3 %
+        if now > self.look_at:  # getppid(2) after each request would cost 3 %
             self.look_at = now + TICK
             if os.getppid() != self.parent:
                 self.leave_by[self.index] = now
@@ -1513,13 +1518,14 @@ class Child:
 
     def __init__(self, serve: Service, family: int, mailbox: Channel, board: Scoreboard, options: Options) -> None:
         self.serve_connection, self.family, self.queue, self.mailbox = serve, family, make_channel(), mailbox
-        self.options, self.connections = options, options.connections_per_child
+        self.options = options
+        self.connections = options.connections_per_child  # at hand: what is looked up costs each fork some pages
         self.slot = Slot(board, is_one_of_many=not options.no_fork)
         self.sock: socket.SocketType | None = None  # the connection in hand
         self.interrupted = 0.0  # since when the wait or the work lasted that was interrupted: once is enough
 
     def run(self, index: int, give_up: Callable[[], None]) -> NoReturn:
-        """Live, in this slot; give up first what is the parent's. Nothing returns from here into its code."""
+        """Run as the child in this slot; give up first what is the parent's, to whose code nothing returns."""
         status = 1
         try:
             give_up()
@@ -1861,7 +1867,7 @@ class Signals:
         self.detach: Callable[[], None] | None = None  # what a process has to call that the application has forked
         self.masks: dict[int, Any] = {}  # by the thread in which the application forks: what was blocked before
         self.own_thread = 0  # the thread in which a child of ours is being forked
-        os.register_at_fork(before=self.hold, after_in_parent=self.let_go, after_in_child=self.leave)
+        os.register_at_fork(before=self.block, after_in_parent=self.unblock, after_in_child=self.leave)
 
     def catch(self, *signums: int) -> None:
         """Have these signals noted from now on, whatever an application has set or blocked."""
@@ -1896,13 +1902,13 @@ class Signals:
         finally:
             self.own_thread = 0
 
-    def hold(self) -> None:
+    def block(self) -> None:
         """Before the application forks: let signals wait."""
         if self.detach and get_ident() != self.own_thread:
             self.masks[get_ident()] = None  # from here on nothing is raised
             self.masks[get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
-    def let_go(self) -> None:
+    def unblock(self) -> None:
         """After it: let them come as before."""
         if (mask := self.masks.pop(get_ident(), None)) is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -1912,7 +1918,7 @@ class Signals:
         if self.detach and get_ident() in self.masks:
             self.detach()
             self.release()
-            self.let_go()
+            self.unblock()
             self.masks.clear()
 
 
@@ -1962,7 +1968,7 @@ class Queue:
     def look_after(self) -> None:
         """Have the spare children beyond the one leave that were not needed since the last TICK."""
         self.board.order(PRESSED, False)  # until `fill` finds it so again
-        waiting = {slot for slot, is_waiting in enumerate(self.board.waiting) if is_waiting}
+        waiting = {slot for slot, is_waiting in enumerate(self.board.waiting[: self.board.used]) if is_waiting}
         if wait_readable(self.channel.receiver, 0):
             for slot in waiting & self.idle:  # stuck, or stopped: they count as spare no more
                 self.board.waiting[slot] = 0
@@ -2449,6 +2455,27 @@ def refuse_pass_phrase() -> NoReturn:
     raise StartError("the key of the certificate is locked: store it without a pass phrase, readable by few")
 
 
+def accept_tls(context: Any, stream: Stream, deadline: float) -> TLSSocket:
+    """Return the TLS session of a connection; ClientGoneError if the handshake fails or takes too long."""
+    if not (stream.has_more() or stream.receive_more(deadline)):
+        raise ClientGoneError(0)
+    records, stream.buffer, stream.start = stream.buffer[stream.start :], b"", 0
+    if not records.startswith(b"\x16"):  # what a handshake begins with
+        stream.buffer = records  # for the log
+        raise HTTPError(400, "plain HTTP on a port with TLS: the address begins with https")
+    session, began = TLSSocket(context, stream.sock, records), time.monotonic()
+    try:
+        while True:
+            with suppress(BlockingIOError):
+                if session.shake_hands():
+                    return session
+            if stream.slot.mark_silent() >= (began + TICK if stream.slot.is_pressed() else deadline):
+                raise ClientGoneError(0)
+    except OSError as error:
+        log_throttled("a TLS handshake has failed: %s" % (getattr(error, "reason", None) or error))
+        raise ClientGoneError(0) from None
+
+
 class TLSSocket:
     """Owns the TLS session on a connected socket. It has the methods of a socket that Stream uses."""
 
@@ -2561,19 +2588,58 @@ def write_name(name: Any) -> str:
 
 
 # ---- 17. Proxies ------------------------------------------------------------
-# What a proxy in front tells of its client. It is believed only from an address of --forwarded-allow-ips: anybody can
-# send these fields. The PROXY protocol is that of haproxy, versions 1 and 2 (proxy-protocol.txt).
+# What lies between a connection and the application besides TLS: what a proxy in front tells of its client. It is
+# believed only from an address of --forwarded-allow-ips, for anybody can send it. The PROXY protocol is that of
+# haproxy, versions 1 and 2 (proxy-protocol.txt).
 
 DEFAULT_PORTS = {"http": "80", "https": "443"}
 FORWARDED = ["HTTP_X_FORWARDED_" + name for name in ("FOR", "PROTO", "HOST", "PORT", "PREFIX")]
 # address [ ":" port ]; an IPv6 address with a port is in brackets
 HOP = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?|([0-9.]+)(?::[0-9]{1,5})?|([0-9A-Fa-f:.]+)")
+# a path where an application is mounted: segments without "%", which a server in front might decode
 MOUNT = re.compile(r"(?:/[^/?#%\x00-\x20\x7f-\U0010ffff]+)*/?")
+# PROXY SP ( UNKNOWN / ( TCP4 / TCP6 ) SP source SP destination SP port SP port ) CRLF
 PROXY_LINE = re.compile(
     rb"PROXY (?:UNKNOWN[^\r\n]*|TCP([46]) ([0-9A-Fa-f:.]+) [0-9A-Fa-f:.]+ ([0-9]{1,5}) [0-9]{1,5})\r\n"
 )
 PROXY_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"  # what a header of version 2 begins with
 MAX_PROXY_LINE = 107  # bytes of a header of version 1, its CRLF included
+
+
+class Transport:
+    """Owns what lies between a connection and the application: the PROXY protocol, TLS, proxies that are believed."""
+
+    def __init__(self, options: Options) -> None:
+        """StartError if an option or a file is wrong."""
+        if options.proxy_protocol and not options.forwarded_allow_ips:
+            raise StartError("--proxy-protocol needs --forwarded-allow-ips: name the peers that send the header", 2)
+        self.trust = Trust(options.forwarded_allow_ips) if options.forwarded_allow_ips else None
+        self.is_proxied, self.path = options.proxy_protocol, options.script_name
+        self.context, self.rest_timeout = make_tls_context(options), max(options.keep_alive, TICK)
+
+    def has_preface(self) -> bool:
+        """Return whether anything precedes HTTP on a connection."""
+        return bool(self.context or self.is_proxied)
+
+    def wrap(self, application: Application) -> Application:
+        """Return the application as it is seen from behind the proxies, at the path where it is mounted."""
+        mounted = mount(self.path, application) if self.path else application
+        return believe_proxies(self.trust, mounted) if self.trust else mounted
+
+    def open(self, stream: Stream, shared: Environ, deadline: float | None) -> None:
+        """Receive what precedes HTTP, by the deadline, and note in the environ what it tells."""
+        stream.preface, slot = None, stream.slot
+        until = deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout)
+        if self.trust and self.is_proxied:
+            if not slot.memo and self.trust.covers_peer(shared["REMOTE_ADDR"]):
+                slot.memo = read_proxy_header(stream, until).encode()
+            if slot.memo not in (b"", b"-"):
+                shared["REMOTE_ADDR"], shared["REMOTE_PORT"] = slot.memo.decode().split()
+                slot.client = slot.memo.split()[0]
+        if self.context:
+            stream.sock = accept_tls(self.context, stream, until)
+            shared.update(stream.sock.make_environ())
+            stream.rest_timeout = self.rest_timeout
 
 
 class Trust:
@@ -2595,7 +2661,7 @@ class Trust:
         @lru_cache(maxsize=256)
         def parse(address: str) -> Any:
             """Return the address; of one that IPv6 has mapped, the IPv4 address; ValueError."""
-            parsed = ipaddress.ip_address(address)
+            parsed = ipaddress.ip_address(address.partition("%")[0])  # without the zone of a peer on the same link
             return getattr(parsed, "ipv4_mapped", None) or parsed
 
         self.parse = parse
@@ -2683,6 +2749,18 @@ def mount(path: str, application: Application) -> Application:
     return mounted
 
 
+def read_proxy_header(stream: Stream, deadline: float) -> str:
+    """Read the PROXY header of a connection; return what is noted of it."""
+    while not (stream.has_more() and (found := parse_proxy_header(stream.buffer[stream.start :]))):
+        require(time.monotonic() < deadline, 408, "the PROXY header was not complete in time")
+        try:
+            require(stream.receive_more(deadline), 400, "the client closed inside the PROXY header")
+        except ClientSilentError:
+            raise HTTPError(408, "the PROXY header was not complete in time") from None
+    stream.start += found[0]
+    return found[1]
+
+
 def parse_proxy_header(data: bytes) -> tuple[int, str] | None:
     """Return the length of a PROXY header and the address and port in it, "-" if it has none; None if more must come.
 
@@ -2721,71 +2799,6 @@ def parse_binary_proxy_header(data: bytes) -> tuple[int, str] | None:
     require(size >= 2 * length + 4, 400, "a PROXY header that is too short")
     (port,) = struct.unpack_from(">H", data, 16 + 2 * length)
     return 16 + size, "%s %d" % (strip_mapping(socket.inet_ntop(family, data[16 : 16 + length])), port)
-
-
-class Transport:
-    """Owns what lies between a connection and the application: the PROXY protocol, TLS, proxies that are believed."""
-
-    def __init__(self, options: Options) -> None:
-        """StartError if an option or a file is wrong."""
-        if options.proxy_protocol and not options.forwarded_allow_ips:
-            raise StartError("--proxy-protocol needs --forwarded-allow-ips: name the peers that send the header", 2)
-        self.trust = Trust(options.forwarded_allow_ips) if options.forwarded_allow_ips else None
-        self.is_proxied, self.path = options.proxy_protocol, options.script_name
-        self.context = make_tls_context(options)
-
-    def wrap(self, application: Application) -> Application:
-        """Return the application as it is seen from behind the proxies, at the path where it is mounted."""
-        mounted = mount(self.path, application) if self.path else application
-        return believe_proxies(self.trust, mounted) if self.trust else mounted
-
-    def open(self, stream: Stream, shared: Environ, deadline: float | None) -> None:
-        """Receive what precedes HTTP, by the deadline, and note in the environ what it tells."""
-        stream.preface, slot = None, stream.slot
-        until = deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout)
-        if self.trust and self.is_proxied:
-            if not slot.memo and self.trust.covers_peer(shared["REMOTE_ADDR"]):
-                slot.memo = read_proxy_header(stream, until).encode()
-            if slot.memo not in (b"", b"-"):
-                shared["REMOTE_ADDR"], shared["REMOTE_PORT"] = slot.memo.decode().split()
-                slot.client = slot.memo.split()[0]
-        if self.context:
-            stream.sock = accept_tls(self.context, stream, until)
-            shared.update(stream.sock.make_environ())
-            stream.patience = max(until - time.monotonic(), TICK)
-
-
-def read_proxy_header(stream: Stream, deadline: float) -> str:
-    """Read the PROXY header of a connection; return what is noted of it."""
-    while not (stream.has_more() and (found := parse_proxy_header(stream.buffer[stream.start :]))):
-        require(time.monotonic() < deadline, 408, "the PROXY header was not complete in time")
-        try:
-            require(stream.receive_more(deadline), 400, "the client closed inside the PROXY header")
-        except ClientSilentError:
-            raise HTTPError(408, "the PROXY header was not complete in time") from None
-    stream.start += found[0]
-    return found[1]
-
-
-def accept_tls(context: Any, stream: Stream, deadline: float) -> TLSSocket:
-    """Return the TLS session of a connection; ClientGoneError if the handshake fails or takes too long."""
-    if not stream.has_more():
-        stream.receive_more(deadline)
-    records, stream.buffer, stream.start = stream.buffer[stream.start :], b"", 0
-    if not records.startswith(b"\x16"):  # what a handshake begins with
-        stream.buffer = records  # for the log
-        raise HTTPError(400, "plain HTTP on a port with TLS: the address begins with https")
-    session, began = TLSSocket(context, stream.sock, records), time.monotonic()
-    try:
-        while True:
-            with suppress(BlockingIOError):
-                if session.shake_hands():
-                    return session
-            if stream.slot.mark_silent() >= (began + TICK if stream.slot.is_pressed() else deadline):
-                raise ClientGoneError(0)
-    except OSError as error:
-        log_throttled("a TLS handshake has failed: %s" % (getattr(error, "reason", None) or error))
-        raise ClientGoneError(0) from None
 
 
 # ---- 18. Surroundings -------------------------------------------------------
@@ -2943,7 +2956,7 @@ def make_shared_file(size: int) -> int:
 # What all processes inherit: an application that is loaded and warm, and nothing that a fork would double or lose.
 
 REHEARSAL = b"GET %s HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\nConnection: close\r\n\r\n"
-REHEARSALS = 12
+REHEARSALS = 12  # after so many the interpreter has specialised the code of a request
 OPENED = {  # by the application, while it was loaded: what a person should know
     "connection": "has opened a connection to %s while it was loaded; all processes share it, and answers will be mixed"
     " up: open it in the request, or dispose of the pool after start-up",
@@ -2956,7 +2969,7 @@ LEFT = {  # by a warm-up: why the server does not start
 
 
 def load_warm(load: Callable[[], Application], transport: Transport, options: Options) -> Application:
-    """Load the application, and ask it for what is to be warmed up: no process has to load that again. StartError."""
+    """Load the application, and warm it up: no process has to load again what requests need. StartError."""
     application = transport.wrap(load())
     if options.no_fork:
         return application  # its process serves to the end
@@ -2972,9 +2985,9 @@ def warm_up(application: Application, options: Options, target: str) -> None:
     before, began = find_opened(), time.monotonic()
     handler = signal.signal(signal.SIGALRM, partial(end_warm_up, began + options.timeout + KILL_AFTER))
     signal.setitimer(signal.ITIMER_REAL, options.timeout, TICK)
-    pid, client = os.getpid(), Client(REHEARSAL % target.encode())
+    pid, sock = os.getpid(), WarmUpSocket(REHEARSAL % target.encode())
     try:
-        ask(application, Stream(client, Slot(Scoreboard(1)), options.timeout), client)
+        serve_warm_up(application, Stream(sock, Slot(Scoreboard(1)), options.timeout))
     except (Exception, SystemExit, Overdue) as error:
         log_exception(error)
         raise StartError("GET %s has failed while warming up: see the traceback above" % target) from None
@@ -2984,22 +2997,22 @@ def warm_up(application: Application, options: Options, target: str) -> None:
         if pid != os.getpid():
             exit_at_once(0)  # a process that the application has forked
     took = time.monotonic() - began
-    if client.status >= 500:
-        raise StartError("GET %s was answered %d while warming up: see the log above" % (target, client.status))
+    if sock.status >= 500:
+        raise StartError("GET %s was answered %d while warming up: see the log above" % (target, sock.status))
     while left := sorted(find_opened() - before):
         if time.monotonic() > began + took + TICK:
             kind, _, name = left[0]
             raise StartError("GET %s %s, or warm up another path" % (target, LEFT[kind] % name))
         gc.collect()
         time.sleep(TICK / 20)  # a thread may need a moment to end
-    log_error("warmed up: GET %s %d in %d ms" % (target, client.status, took * 1000))
+    log_error("warmed up: GET %s %d in %d ms" % (target, sock.status, took * 1000))
 
 
-def ask(application: Application, stream: Stream, client: Any) -> None:
-    """Take the request of a warm-up through the parser, the environ, the application and the response."""
+def serve_warm_up(application: Application, stream: Stream) -> None:
+    """Take its request through the parser, the environ, the application and the response; raise what goes wrong."""
     request, variables = parse_head(read_head(stream, None))
     stream.slot.mark_busy(request.line)
-    shared = make_connection_environ(client, ("127.0.0.1", 0), True)
+    shared = make_connection_environ(stream.sock, ("127.0.0.1", 0), True)
     environ = {**variables, **shared, "webserver.requests": 1, "wsgi.input": io.BytesIO()}
     run_application(application, environ, Response(stream, request, True))
 
@@ -3012,19 +3025,8 @@ def end_warm_up(deadline: float, *_: Any) -> None:
     os._exit(1)
 
 
-def rehearse() -> None:
-    """Serve the built-in page to ourselves: what the interpreter learns, all children inherit (5 % fewer faults)."""
-    options, slot = Options(access_log="off"), Slot(Scoreboard(1))
-    for _ in range(REHEARSALS):
-        client, server = socket.socketpair()
-        client.sendall(REHEARSAL % b"/")
-        sock = socket.SocketType(socket.AF_UNIX, STREAM, 0, server.detach())
-        serve_connection(show_environ, options, sock, ("127.0.0.1", 0), slot)
-        client.close()
-
-
-class Client:
-    """Owns the request of a warm-up, and the status that it was answered with. To a Stream it is a socket."""
+class WarmUpSocket:
+    """Owns the request of a warm-up and the status of its answer, and stands in for a socket of any capacity."""
 
     def __init__(self, request: bytes) -> None:
         self.request, self.status = request, 0
@@ -3056,7 +3058,7 @@ def find_opened() -> set[tuple[str, int, str]]:
     opened, timeout = set(), socket.getdefaulttimeout()
     socket.setdefaulttimeout(None)  # it would change sockets that are only looked at
     with suppress(OSError):  # there is no /dev/fd
-        for fd in sorted(map(int, os.listdir("/dev/fd"))):
+        for fd in map(int, os.listdir("/dev/fd")):
             with suppress(OSError):  # it is no socket, or has no peer
                 sock = socket.socket(fileno=fd)
                 try:
@@ -3077,6 +3079,17 @@ def describe_peer(peer: Any) -> str:
     if not isinstance(peer, tuple):
         return "unix:%s" % (peer if isinstance(peer, str) else peer.decode("latin-1"))
     return ("[%s]:%s" if ":" in str(peer[0]) else "%s:%s") % peer[:2]
+
+
+def rehearse() -> None:
+    """Serve the built-in page to ourselves: what the interpreter learns, all children inherit (5 % fewer faults)."""
+    options, slot = Options(access_log="off"), Slot(Scoreboard(1))
+    for _ in range(REHEARSALS):
+        client, server = socket.socketpair()
+        client.sendall(REHEARSAL % b"/")
+        sock = socket.SocketType(socket.AF_UNIX, STREAM, 0, server.detach())
+        serve_connection(show_environ, options, sock, ("127.0.0.1", 0), slot)
+        client.close()
 
 
 def prepare_to_fork(options: Options) -> None:
@@ -3257,8 +3270,9 @@ A WSGI server: a request is served by a process of its own, a connection at
 rest costs a descriptor. Without an application it shows a page with the
 environ that an application would see."""
 ENVIRONMENT = """environment: WEBSERVER_OPTIONS holds options that come before those of the
-command line; PORT serves on all addresses at this port; LISTEN_FDS with LISTEN_PID,
-and NOTIFY_SOCKET, as systemd sets them."""
+command line; PORT serves on all addresses at this port; FORWARDED_ALLOW_IPS and
+SCRIPT_NAME as the options; LISTEN_FDS with LISTEN_PID, and NOTIFY_SOCKET, as
+systemd sets them."""
 
 FOREIGN_OPTIONS = (  # of gunicorn, waitress, uvicorn and others, and what does the same here
     ("-w --workers --threads --worker-connections -k --worker-class", "processes come as needed; see --max-children"),
@@ -3307,6 +3321,19 @@ def parse_command_line(words: list[str]) -> tuple[str, Options]:
         parser.error("%s is unknown: see --help" % word.partition("=")[0])
     values = vars(found)
     return values.pop("application"), Options(**values)
+
+
+def read_environment() -> list[str]:
+    """Return the words of WEBSERVER_OPTIONS, as a shell would split them; those of the command line come behind."""
+    words = os.environ.get("WEBSERVER_OPTIONS", "")
+    if not words:
+        return []
+    import shlex
+
+    try:
+        return shlex.split(words)
+    except ValueError as error:
+        raise StartError("WEBSERVER_OPTIONS cannot be split into words: %s" % error, 2) from None
 
 
 def parse_size(text: str) -> int:
@@ -3361,7 +3388,7 @@ def start(load: Callable[[], Application], options: Options) -> None:
     options = check_options(options)
     open_standard_files()
     kept = find_kept()
-    transport = insist(partial(Transport, options), kept)
+    transport = try_in_reload(partial(Transport, options), kept)
     load = partial(load_warm, load, transport, options)
     if options.check or os.environ.get("WEBSERVER_CHECK") == str(os.getpid()):
         application = load()
@@ -3380,7 +3407,9 @@ def start(load: Callable[[], Application], options: Options) -> None:
         if options.user:
             drop_privileges(options.user)
         # Step 3: the application, and the loop. Signals end the process until it is loaded.
-        service = partial(serve_connection, load_guarded(load, signals, kept), options, transport=transport)
+        service = partial(serve_connection, load_guarded(load, signals, kept), options)
+        if transport.has_preface():  # else each child would find that out anew
+            service = partial(service, transport=transport)
         run(service, options, listener, mailbox, signals, kept)
     finally:
         signals.release()
@@ -3396,12 +3425,12 @@ def load_guarded(load: Callable[[], Application], signals: Signals, kept: list[i
     signals.catch(*(SIGNALS if kept else (signal.SIGTERM, signal.SIGALRM)))
     signal.alarm(int(CHECK_TIMEOUT) if kept else LOADING_IS_SLOW)
     try:
-        return insist(load, kept)
+        return try_in_reload(load, kept)
     finally:
         signal.alarm(0)
 
 
-def insist(make: Callable[[], Any], kept: list[int]) -> Any:
+def try_in_reload(make: Callable[[], Any], kept: list[int]) -> Any:
     """Return what is made; if that fails in a reload, which was checked before, start again. StartError."""
     try:
         return make()
@@ -3460,19 +3489,6 @@ def exit_at_once(status: int) -> NoReturn:
     run_exit_handlers()
     flush_output()
     os._exit(status)
-
-
-def read_environment() -> list[str]:
-    """Return the words of WEBSERVER_OPTIONS, as a shell would split them; those of the command line come behind."""
-    words = os.environ.get("WEBSERVER_OPTIONS", "")
-    if not words:
-        return []
-    import shlex
-
-    try:
-        return shlex.split(words)
-    except ValueError as error:
-        raise StartError("WEBSERVER_OPTIONS cannot be split into words: %s" % error, 2) from None
 
 
 def main() -> int:
