@@ -1,8 +1,33 @@
-"""Claims about webserver.py, in the order of its sections.
+"""Claims about webserver.py, in the order of its sections; what a rule of a standard demands is a row of a table.
+
+Its promises, each with the tests that hold it to them:
+
+1. It needs the standard library alone, no writable disk, no certain user, and may be PID 1:
+   test_needs_the_standard_library_alone_and_no_writable_disk, test_as_pid_1_it_reaps_orphans_and_obeys_sigterm
+2. A request that crashes, hangs, exits or wants too much memory ends its own connection and no other:
+   test_a_crash_touches_its_connection_only, test_a_limit_of_memory_ends_the_request_that_exceeds_it,
+   test_random_kills_under_load_cost_only_their_connections
+3. Every wait has a deadline:
+   test_a_hang_in_python_is_answered_504_with_its_stack_in_the_log, test_answers_408_wherever_a_request_stalls,
+   test_what_ignores_the_deadline_is_killed_and_logged, test_the_deadlines_hold_over_tls
+4. Malformed HTTP is refused and never repaired, and no application can split a response:
+   test_refuses, test_understands_no_request_that_was_cut_short, test_refuses_bad_headers_and_names_the_culprit
+5. SIGTERM answers what was accepted, and ends the server with 0 within a bound:
+   test_sigterm_answers_every_kind_of_client_and_exits_with_0, test_the_graceful_timeout_kills_the_rest_and_says_so,
+   test_sigterm_answers_what_waits_in_the_queue_of_the_kernel
+6. SIGHUP loads new code and loses no request and no connection; what does not load changes nothing:
+   test_reloads_under_load_without_one_failed_request, test_the_old_code_goes_on_when_the_new_does_not_load,
+   test_a_reload_leaves_requests_in_hand_and_connections_at_rest_alone
+7. A connection at rest costs a descriptor, not a process:
+   test_a_thousand_connections_at_rest_cost_no_process, test_no_request_is_lost_at_the_moment_of_rest
+8. There is no zombie:
+   test_leaves_no_zombie_after_kill_9_of_waiting_children, test_a_soak_of_mixed_kinds_leaves_no_trace
+9. What a first request loads is loaded once for all processes:
+   test_a_warm_up_is_done_once_for_all_processes
 
 What the server says on a connection is tested over a socket pair, in this process; the life of processes is tested
 with real ones, signals and ports. `wsgiref.validate` and `http.client` are the honest referees, raw bytes the
-dishonest client.
+dishonest client. `pytest -k "9112 and 6.3"` runs the rows of RFC 9112 §6.3.
 """
 
 from __future__ import annotations
@@ -44,6 +69,12 @@ import webserver
 WEBSERVER = os.path.abspath(webserver.__file__)
 PATIENCE = 20.0  # seconds: the bound on every wait
 SLACK = 4.0  # seconds that a busy machine may add to what takes one or two
+pytest_plugins = [__name__]  # has a hook itself
+
+
+def pytest_make_parametrize_id(val: Any, argname: str) -> str | None:
+    """Name a row of the tables of requests by its reason, with the rule of the standard in full."""
+    return re.sub(r"(?<!RFC )\b([0-9]{4}) §", r"RFC \1 §", val[-1]) if argname == "row" else None
 
 
 # ---- The harness ------------------------------------------------------------
@@ -794,7 +825,7 @@ def shared(tmp_path_factory: Any) -> Iterator[Running]:
         assert server.stop() == 0
 
 
-# ---- 2. Limits --------------------------------------------------------------
+# ---- 1. Options and limits --------------------------------------------------
 
 
 def make_head(size: int) -> bytes:
@@ -870,7 +901,7 @@ def test_limits_a_body_of_either_framing(limit: int) -> None:
     check_refused(serve(post(b"Content-Length: 99999999999"), limit_request_body=limit), 413)
 
 
-# ---- 3 to 7. From bytes to environ ------------------------------------------
+# ---- 2 to 6. From bytes to environ ------------------------------------------
 # A row is (the bytes, what becomes of them, why). Expectations were written from RFC 9110, 9112 and 3986 before the
 # code was read. In what the application is to see, None is a key that must be absent and a tuple holds alternatives,
 # all of them legal; so does a tuple of statuses. "closes" tells that the connection does not persist.
@@ -1239,13 +1270,7 @@ VALID = VALID_LINES + VALID_FIELDS + VALID_BODIES
 REFUSED = REFUSED_LINES + REFUSED_FIELDS + REFUSED_BODIES
 
 
-def each(table: list[Any]) -> Any:
-    """Run the test with each row, named by its first bytes."""
-    names = [ascii(row[0][:60].replace(b"Host: h\r\n", b""))[2:-1] for row in table]
-    return pytest.mark.parametrize("row", table, ids=["%d %s" % pair for pair in enumerate(names)])
-
-
-@each(VALID)
+@pytest.mark.parametrize("row", VALID)
 def test_accepts(row: Any) -> None:
     """Every legal request is understood: whole, a byte at a time, split in two anywhere, and ten in one packet."""
     data, seen, _ = row
@@ -1257,7 +1282,7 @@ def test_accepts(row: Any) -> None:
     check_accepted(serve(data * 10, 7), seen, 10)
 
 
-@each(REFUSED)
+@pytest.mark.parametrize("row", REFUSED)
 def test_refuses(row: Any) -> None:
     """Every malformed request is refused: whole, a byte at a time, and between two good ones; the last is not read."""
     data, statuses, _ = row
@@ -1267,7 +1292,7 @@ def test_refuses(row: Any) -> None:
     check_refused(serve(NEXT + data + NEXT, 1), statuses, 1)
 
 
-@each(EITHER)
+@pytest.mark.parametrize("row", EITHER)
 def test_accepts_or_refuses_but_always_alike(row: Any) -> None:
     """Where there is a choice, it does not depend on the pieces in which the bytes come."""
     data, seen, statuses, _ = row
@@ -1281,7 +1306,7 @@ def test_accepts_or_refuses_but_always_alike(row: Any) -> None:
         check(serve(data + NEXT, 3), statuses)
 
 
-@each(VALID)
+@pytest.mark.parametrize("row", VALID)
 def test_understands_no_request_that_was_cut_short(row: Any) -> None:
     """The end of input at every byte: no request, no traceback, and at most one answer, a refusal."""
     for length in range(len(row[0])):
@@ -1352,7 +1377,7 @@ def test_holds_its_invariants_under_noise() -> None:
         assert serve(NEXT).paths() == ["/next"], case
 
 
-# ---- 4. Stream --------------------------------------------------------------
+# ---- 3. Stream --------------------------------------------------------------
 
 
 STALLS = [
@@ -1428,7 +1453,7 @@ def test_leaves_a_refused_client_that_never_closes(monkeypatch: Any) -> None:
         assert poller.poll(2000) == [(client.fileno(), select.POLLHUP)]
 
 
-# ---- 5. Request -------------------------------------------------------------
+# ---- 4. Request -------------------------------------------------------------
 
 
 def test_takes_an_empty_line_behind_a_body_for_nothing() -> None:
@@ -1452,7 +1477,7 @@ def test_refuses_what_cannot_become_good_without_waiting_for_the_rest(data: byte
         assert client.recv(65536).startswith(b"HTTP/1.1 400 ") and time.monotonic() - began < SLACK
 
 
-# ---- 6. Body ----------------------------------------------------------------
+# ---- 5. Body ----------------------------------------------------------------
 
 
 TEXT = b"one\ntwo\n\n" + SMUGGLED + b"the end"
@@ -1638,7 +1663,7 @@ def test_does_not_continue_where_nobody_reads_or_waits() -> None:
         assert [answer.status for answer in parse_answers(receive_all(client))] == [200]
 
 
-# ---- 7. Environ -------------------------------------------------------------
+# ---- 6. Environ -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("no_fork", [False, True])
@@ -1730,7 +1755,7 @@ def test_passes_the_validator(asked: bytes, application: Any, status: int, body:
     assert "without being closed" not in capfd.readouterr().err  # of this the validator's destructor complains
 
 
-# ---- 8. Response ------------------------------------------------------------
+# ---- 7. Response ------------------------------------------------------------
 
 
 DATA = bytes(range(256)) * 1000
@@ -2321,7 +2346,7 @@ def test_file_wrapper_serves_a_client_that_reads_slowly(asked: bytes, tmp_path: 
     assert parse_answers(data)[0].body == DATA * 12 and file.closed
 
 
-# ---- 9. Connection ----------------------------------------------------------
+# ---- 8. Connection ----------------------------------------------------------
 
 
 @rows(
@@ -5167,6 +5192,14 @@ def test_serve_outside_the_main_thread_is_one_clear_sentence() -> None:
     assert [type(error) for error in errors] == [webserver.StartError] and "main thread" in str(errors[0])
 
 
+@on_linux
+def test_needs_the_standard_library_alone_and_no_writable_disk(tmp_path: Any) -> None:
+    """-I and -S leave nothing else to import; nobody can create a file in /proc, and there is no other place for one."""
+    argv = (sys.executable, "-I", "-S", WEBSERVER)
+    with Running(tmp_path, argv=argv, popen={"cwd": "/proc"}, TMPDIR="/nowhere", HOME="/nowhere") as server:
+        assert server.get().status == 200 and server.stop() == 0, server.errors()
+
+
 def test_importing_has_no_effect(tmp_path: Any) -> None:
     code = """\
     import atexit, os, signal, sys, threading
@@ -5181,6 +5214,11 @@ def test_importing_has_no_effect(tmp_path: Any) -> None:
     argv = (sys.executable, "-c", textwrap.dedent(code))
     ended = run_command(tmp_path, argv=argv, PYTHONPATH=os.path.dirname(WEBSERVER))
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+def test_the_promises_name_tests_that_there_are() -> None:
+    named = set(re.findall(r"\btest_\w+", __doc__ or ""))
+    assert len(named) > 20 and named <= set(globals())
 
 
 def test_the_tours_of_the_readme_name_what_there_is() -> None:
