@@ -5194,7 +5194,7 @@ def test_serve_outside_the_main_thread_is_one_clear_sentence() -> None:
 
 @on_linux
 def test_needs_the_standard_library_alone_and_no_writable_disk(tmp_path: Any) -> None:
-    """-I and -S leave nothing else to import; nobody can create a file in /proc, and there is no other place for one."""
+    """-I and -S leave nothing else to import; in /proc nobody can create a file, and TMPDIR is none."""
     argv = (sys.executable, "-I", "-S", WEBSERVER)
     with Running(tmp_path, argv=argv, popen={"cwd": "/proc"}, TMPDIR="/nowhere", HOME="/nowhere") as server:
         assert server.get().status == 200 and server.stop() == 0, server.errors()
