@@ -4527,6 +4527,22 @@ def forward(trusted: str, *fields: str, peer: str = "127.0.0.1", **options: Any)
     ("127.0.0.1", ["X-Forwarded-For: [2001:db8::1]:443"], {"REMOTE_ADDR": "2001:db8::1"}, "IPv6 with a port"),
     ("127.0.0.1", ["X-Forwarded-For: [2001:db8::1]"], {"REMOTE_ADDR": "2001:db8::1"}, "IPv6 in brackets"),
     ("127.0.0.1,10.0.0.0/8", ["X-Forwarded-For: 192.0.2.1, ::ffff:10.0.0.1"], {"REMOTE_ADDR": "192.0.2.1"}, "mapped"),
+    ("127.0.0.1,10.0.0.0/8", ["X-Forwarded-For: 10.9.9.9", "X-Forwarded-For: 198.51.100.9,192.0.2.1,127.0.0.1",
+     "X-Forwarded-For: 10.2.2.2"], {"REMOTE_ADDR": "192.0.2.1"}, "past proxies on several lines, not past a stranger"),
+    ("127.0.0.1", ["X-Forwarded-For: 198.51.100.9, 2001:db8:0:5::1a2f:1a2b, 127.0.0.1"],
+     {"REMOTE_ADDR": "2001:db8:0:5::1a2f:1a2b"}, "IPv6 behind IPv4"),
+    ("127.0.0.1", ["X-Forwarded-For: ::11.22.33.44"], {"REMOTE_ADDR": "::b16:212c"}, "one way to write it (RFC 5952)"),
+    ("127.0.0.1,192.0.2.1", ["X-Forwarded-For: 192.0.2.1"], {"REMOTE_ADDR": "192.0.2.1"}, "a client that is a proxy"),
+    ("*", ["X-Forwarded-For: 192.0.2.1, \xf0\xfd, unix:, ::1"], {"REMOTE_ADDR": "::1"}, "*: nonsense left of it"),
+    ("127.0.0.1", ["X-Forwarded-For: , , 192.0.2.1"], {"REMOTE_ADDR": "192.0.2.1"}, "empty hops beyond the walk"),
+    ("127.0.0.1", ["x-forwarded-for: 192.0.2.1", "X-FORWARDED-PROTO: https"],
+     {"REMOTE_ADDR": "192.0.2.1", "wsgi.url_scheme": "https"}, "names in any case (RFC 9110 5.1)"),
+    ("127.0.0.1", ["Forwarded: for=192.0.2.1;proto=https;host=b"],
+     {"REMOTE_ADDR": "127.0.0.1", "wsgi.url_scheme": "http", "HTTP_HOST": "a",
+      "HTTP_FORWARDED": "for=192.0.2.1;proto=https;host=b"}, "Forwarded passes and means nothing"),
+    ("127.0.0.1,10.0.0.0/8", ["X-Forwarded-For: 192.0.2.1, , 10.0.0.1"], 400, "an empty hop that the walk reaches"),
+    ("127.0.0.1", ["X-Forwarded-For:  , "], 400, "nothing but a comma"),
+    ("127.0.0.1", ['X-Forwarded-For: "192.0.2.1'], 400, "half a quoted string"),
     ("127.0.0.1", ["X-Forwarded-For: unknown"], 400, "no address"),
     ("127.0.0.1", ["X-Forwarded-For: "], 400, "nothing"),
     ("127.0.0.1", ["X-Forwarded-For: 192.0.2.1,"], 400, "an empty hop"),
@@ -4537,7 +4553,10 @@ def forward(trusted: str, *fields: str, peer: str = "127.0.0.1", **options: Any)
      "https"),
     ("127.0.0.1", ["X-Forwarded-Proto: http"], {"wsgi.url_scheme": "http", "HTTPS": None}, "http"),
     ("127.0.0.1", ["X-Forwarded-Proto: ftp"], 400, "another scheme"),
+    ("127.0.0.1", ["X-Forwarded-Proto: on"], 400, "on, which is no scheme"),
+    ("127.0.0.1", ["X-Forwarded-Proto: "], 400, "no scheme"),
     ("127.0.0.1", ["X-Forwarded-Proto: https", "X-Forwarded-Proto: http"], 400, "two schemes"),
+    ("127.0.0.1", ["X-Forwarded-Proto: http, http"], 400, "a list of schemes"),
     ("127.0.0.1", ["X-Forwarded-Proto: https", "X-Forwarded-Host: example.com"],
      {"HTTP_HOST": "example.com", "SERVER_PORT": "443"}, "the host"),
     ("127.0.0.1", ["X-Forwarded-Host: example.com:8080"], {"HTTP_HOST": "example.com:8080", "SERVER_PORT": "8080"},
@@ -4545,6 +4564,13 @@ def forward(trusted: str, *fields: str, peer: str = "127.0.0.1", **options: Any)
     ("127.0.0.1", ["X-Forwarded-Host: [::1]:8080"], {"HTTP_HOST": "[::1]:8080", "SERVER_PORT": "8080"}, "IPv6 host"),
     ("127.0.0.1", ["X-Forwarded-Host: a/b"], 400, "an invalid host"),
     ("127.0.0.1", ["X-Forwarded-Host: a, b"], 400, "two hosts"),
+    ("127.0.0.1", ['X-Forwarded-Host: "b'], 400, "a host with a quotation mark"),
+    ("127.0.0.1", ["X-Forwarded-Proto: https", "X-Forwarded-Host: b", "X-Forwarded-Port: 80"],
+     {"HTTP_HOST": "b:80", "SERVER_PORT": "80", "wsgi.url_scheme": "https"}, "https at the port of http"),
+    ("127.0.0.1", ["X-Forwarded-Proto: http", "X-Forwarded-Host: b", "X-Forwarded-Port: 443"],
+     {"HTTP_HOST": "b:443", "SERVER_PORT": "443", "wsgi.url_scheme": "http"}, "http at the port of https"),
+    ("127.0.0.1", ["X-Forwarded-Host: b:8080", "X-Forwarded-Port: 8080"],
+     {"HTTP_HOST": "b:8080", "SERVER_PORT": "8080"}, "the same port twice"),
     ("127.0.0.1", ["X-Forwarded-Port: 8443"], {"HTTP_HOST": "a:8443", "SERVER_PORT": "8443"}, "the port"),
     ("127.0.0.1", ["X-Forwarded-Proto: https", "X-Forwarded-Port: 443"], {"HTTP_HOST": "a", "SERVER_PORT": "443"},
      "the port of the scheme"),
@@ -4573,6 +4599,11 @@ def test_believes_what_a_trusted_proxy_tells(trusted: str, fields: Any, expected
     ("*", "", True, "everybody"),
     ("*", "192.0.2.5", True, "everybody by address"),
     ("2001:db8::/32", "2001:db8::5", True, "a network of IPv6"),
+    ("2001:db8:0:5::/64", "2001:db8:0:6::5", False, "not another network of IPv6"),
+    ("10.0.0.0/8", "::a00:1", False, "IPv6 that ends as an IPv4 address of the list does"),
+    ("2001:db8:0:0:0:0:1.2.3.4", "2001:db8::102:304", True, "the same address written in another way"),
+    ("127.0.0.0/8,10.0.0.0/8", "10.255.255.255", True, "the last of a network"),
+    ("10.0.0.0/8", "11.0.0.0", False, "the next after a network"),
     ("127.0.0.1", "::ffff:127.0.0.1", True, "IPv4 through a socket for both"),
     ("fe80::/10", "fe80::1%eth0", True, "a peer on the same link, with its zone (RFC 4007)"),
 )  # fmt: skip
@@ -4584,7 +4615,7 @@ def test_believes_only_whom_the_list_names(trusted: str, peer: str, is_believed:
     assert len(kept) == (3 if is_believed or not trusted else 0)
 
 
-@pytest.mark.parametrize("list_", ["10.0.0.1/40", "localhost", "10.0.0", "unix:/x"])
+@pytest.mark.parametrize("list_", ["10.0.0.1/40", "localhost", "10.0.0", "unix:/x", "!10.0.0.1", "10.0.0.1-10.0.0.9"])
 def test_a_list_of_proxies_that_is_wrong_is_one_clear_sentence(modules: str, list_: str) -> None:
     ended = run_command(modules, "--check", "--forwarded-allow-ips", list_, "good")
     assert ended.returncode == 2 and "--forwarded-allow-ips" in ended.stderr and ended.stderr.count("\n") == 1
