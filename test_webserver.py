@@ -4887,7 +4887,7 @@ def run_haproxy(folder: Any, port: int, mode: str, tls: str, backend: str) -> An
 @needs_openssl
 @needs("nginx", "curl")
 @pytest.mark.parametrize("is_unix", [False, True], ids=["tcp", "unix"])
-def test_nginx(tmp_path: Any, certificates: str, is_unix: bool) -> None:
+def test_behind_nginx_an_application_sees_the_client(tmp_path: Any, certificates: str, is_unix: bool) -> None:
     """As the README has it, with https at the front."""
     port, own_port, path = free_port(), free_port(), "unix:%s/socket" % tmp_path
     listen = "listen 127.0.0.1:%d ssl; ssl_certificate %s; ssl_certificate_key %s;"
@@ -4912,7 +4912,7 @@ def test_nginx(tmp_path: Any, certificates: str, is_unix: bool) -> None:
 
 @needs_openssl
 @needs("haproxy", "curl")
-def test_haproxy(tmp_path: Any, certificates: str) -> None:
+def test_behind_haproxy_an_application_sees_the_client(tmp_path: Any, certificates: str) -> None:
     """As the README has it, with https at the front."""
     port = free_port()
     with Running(tmp_path, "--forwarded-allow-ips", "127.0.0.1", app=TELLS) as server:
@@ -4928,7 +4928,7 @@ def test_haproxy(tmp_path: Any, certificates: str) -> None:
 @needs("haproxy", "curl")
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize("version", ["send-proxy", "send-proxy-v2"])
-def test_haproxy_with_a_proxy_header(tmp_path: Any, certificates: str, version: str, scheme: str) -> None:
+def test_a_header_of_haproxy_tells_the_client(tmp_path: Any, certificates: str, version: str, scheme: str) -> None:
     """It passes the bytes on, those of TLS, too."""
     port = free_port()
     words = replace(read_readme("HTTP: `(--proxy-protocol.*?)`"), {"10.0.0.5": "127.0.0.1"}).split()
@@ -4944,7 +4944,7 @@ def test_haproxy_with_a_proxy_header(tmp_path: Any, certificates: str, version: 
 
 @needs_openssl
 @needs("curl")
-def test_curl_over_tls(tmp_path: Any, certificates: str) -> None:
+def test_curl_keeps_its_connection_over_tls(tmp_path: Any, certificates: str) -> None:
     code = """
         def app(environ, start_response):
             start_response("200 OK", [])
