@@ -4552,6 +4552,22 @@ def forward(trusted: str, *fields: str, peer: str = "127.0.0.1", **options: Any)
     ("127.0.0.1", ["X-Forwarded-For: [2001:db8::1]:443"], {"REMOTE_ADDR": "2001:db8::1"}, "IPv6 with a port"),
     ("127.0.0.1", ["X-Forwarded-For: [2001:db8::1]"], {"REMOTE_ADDR": "2001:db8::1"}, "IPv6 in brackets"),
     ("127.0.0.1,10.0.0.0/8", ["X-Forwarded-For: 192.0.2.1, ::ffff:10.0.0.1"], {"REMOTE_ADDR": "192.0.2.1"}, "mapped"),
+    ("127.0.0.1,10.0.0.0/8", ["X-Forwarded-For: 10.9.9.9", "X-Forwarded-For: 198.51.100.9,192.0.2.1,127.0.0.1",
+     "X-Forwarded-For: 10.2.2.2"], {"REMOTE_ADDR": "192.0.2.1"}, "past proxies on several lines, not past a stranger"),
+    ("127.0.0.1", ["X-Forwarded-For: 198.51.100.9, 2001:db8:0:5::1a2f:1a2b, 127.0.0.1"],
+     {"REMOTE_ADDR": "2001:db8:0:5::1a2f:1a2b"}, "IPv6 behind IPv4"),
+    ("127.0.0.1", ["X-Forwarded-For: ::11.22.33.44"], {"REMOTE_ADDR": "::b16:212c"}, "one way to write it (RFC 5952)"),
+    ("127.0.0.1,192.0.2.1", ["X-Forwarded-For: 192.0.2.1"], {"REMOTE_ADDR": "192.0.2.1"}, "a client that is a proxy"),
+    ("*", ["X-Forwarded-For: 192.0.2.1, \xf0\xfd, unix:, ::1"], {"REMOTE_ADDR": "::1"}, "*: nonsense left of it"),
+    ("127.0.0.1", ["X-Forwarded-For: , , 192.0.2.1"], {"REMOTE_ADDR": "192.0.2.1"}, "empty hops beyond the walk"),
+    ("127.0.0.1", ["x-forwarded-for: 192.0.2.1", "X-FORWARDED-PROTO: https"],
+     {"REMOTE_ADDR": "192.0.2.1", "wsgi.url_scheme": "https"}, "names in any case (RFC 9110 5.1)"),
+    ("127.0.0.1", ["Forwarded: for=192.0.2.1;proto=https;host=b"],
+     {"REMOTE_ADDR": "127.0.0.1", "wsgi.url_scheme": "http", "HTTP_HOST": "a",
+      "HTTP_FORWARDED": "for=192.0.2.1;proto=https;host=b"}, "Forwarded passes and means nothing"),
+    ("127.0.0.1,10.0.0.0/8", ["X-Forwarded-For: 192.0.2.1, , 10.0.0.1"], 400, "an empty hop that the walk reaches"),
+    ("127.0.0.1", ["X-Forwarded-For:  , "], 400, "nothing but a comma"),
+    ("127.0.0.1", ['X-Forwarded-For: "192.0.2.1'], 400, "half a quoted string"),
     ("127.0.0.1", ["X-Forwarded-For: unknown"], 400, "no address"),
     ("127.0.0.1", ["X-Forwarded-For: "], 400, "nothing"),
     ("127.0.0.1", ["X-Forwarded-For: 192.0.2.1,"], 400, "an empty hop"),
@@ -4562,7 +4578,10 @@ def forward(trusted: str, *fields: str, peer: str = "127.0.0.1", **options: Any)
      "https"),
     ("127.0.0.1", ["X-Forwarded-Proto: http"], {"wsgi.url_scheme": "http", "HTTPS": None}, "http"),
     ("127.0.0.1", ["X-Forwarded-Proto: ftp"], 400, "another scheme"),
+    ("127.0.0.1", ["X-Forwarded-Proto: on"], 400, "on, which is no scheme"),
+    ("127.0.0.1", ["X-Forwarded-Proto: "], 400, "no scheme"),
     ("127.0.0.1", ["X-Forwarded-Proto: https", "X-Forwarded-Proto: http"], 400, "two schemes"),
+    ("127.0.0.1", ["X-Forwarded-Proto: http, http"], 400, "a list of schemes"),
     ("127.0.0.1", ["X-Forwarded-Proto: https", "X-Forwarded-Host: example.com"],
      {"HTTP_HOST": "example.com", "SERVER_PORT": "443"}, "the host"),
     ("127.0.0.1", ["X-Forwarded-Host: example.com:8080"], {"HTTP_HOST": "example.com:8080", "SERVER_PORT": "8080"},
@@ -4570,6 +4589,13 @@ def forward(trusted: str, *fields: str, peer: str = "127.0.0.1", **options: Any)
     ("127.0.0.1", ["X-Forwarded-Host: [::1]:8080"], {"HTTP_HOST": "[::1]:8080", "SERVER_PORT": "8080"}, "IPv6 host"),
     ("127.0.0.1", ["X-Forwarded-Host: a/b"], 400, "an invalid host"),
     ("127.0.0.1", ["X-Forwarded-Host: a, b"], 400, "two hosts"),
+    ("127.0.0.1", ['X-Forwarded-Host: "b'], 400, "a host with a quotation mark"),
+    ("127.0.0.1", ["X-Forwarded-Proto: https", "X-Forwarded-Host: b", "X-Forwarded-Port: 80"],
+     {"HTTP_HOST": "b:80", "SERVER_PORT": "80", "wsgi.url_scheme": "https"}, "https at the port of http"),
+    ("127.0.0.1", ["X-Forwarded-Proto: http", "X-Forwarded-Host: b", "X-Forwarded-Port: 443"],
+     {"HTTP_HOST": "b:443", "SERVER_PORT": "443", "wsgi.url_scheme": "http"}, "http at the port of https"),
+    ("127.0.0.1", ["X-Forwarded-Host: b:8080", "X-Forwarded-Port: 8080"],
+     {"HTTP_HOST": "b:8080", "SERVER_PORT": "8080"}, "the same port twice"),
     ("127.0.0.1", ["X-Forwarded-Port: 8443"], {"HTTP_HOST": "a:8443", "SERVER_PORT": "8443"}, "the port"),
     ("127.0.0.1", ["X-Forwarded-Proto: https", "X-Forwarded-Port: 443"], {"HTTP_HOST": "a", "SERVER_PORT": "443"},
      "the port of the scheme"),
@@ -4598,6 +4624,11 @@ def test_believes_what_a_trusted_proxy_tells(trusted: str, fields: Any, expected
     ("*", "", True, "everybody"),
     ("*", "192.0.2.5", True, "everybody by address"),
     ("2001:db8::/32", "2001:db8::5", True, "a network of IPv6"),
+    ("2001:db8:0:5::/64", "2001:db8:0:6::5", False, "not another network of IPv6"),
+    ("10.0.0.0/8", "::a00:1", False, "IPv6 that ends as an IPv4 address of the list does"),
+    ("2001:db8:0:0:0:0:1.2.3.4", "2001:db8::102:304", True, "the same address written in another way"),
+    ("127.0.0.0/8,10.0.0.0/8", "10.255.255.255", True, "the last of a network"),
+    ("10.0.0.0/8", "11.0.0.0", False, "the next after a network"),
     ("127.0.0.1", "::ffff:127.0.0.1", True, "IPv4 through a socket for both"),
     ("fe80::/10", "fe80::1%eth0", True, "a peer on the same link, with its zone (RFC 4007)"),
 )  # fmt: skip
@@ -4609,7 +4640,7 @@ def test_believes_only_whom_the_list_names(trusted: str, peer: str, is_believed:
     assert len(kept) == (3 if is_believed or not trusted else 0)
 
 
-@pytest.mark.parametrize("list_", ["10.0.0.1/40", "localhost", "10.0.0", "unix:/x"])
+@pytest.mark.parametrize("list_", ["10.0.0.1/40", "localhost", "10.0.0", "unix:/x", "!10.0.0.1", "10.0.0.1-10.0.0.9"])
 def test_a_list_of_proxies_that_is_wrong_is_one_clear_sentence(modules: str, list_: str) -> None:
     ended = run_command(modules, "--check", "--forwarded-allow-ips", list_, "good")
     assert ended.returncode == 2 and "--forwarded-allow-ips" in ended.stderr and ended.stderr.count("\n") == 1
@@ -4765,6 +4796,220 @@ def test_a_unix_socket_has_the_mode_that_was_asked_for(tmp_path: Any, mode: str)
         assert os.stat(str(tmp_path / "socket")).st_mode & 0o777 == int(mode, 8)
     ended = run_command(tmp_path, "--check", "--socket-mode", "rw")
     assert ended.returncode == 2 and "--socket-mode is 'rw'" in ended.stderr
+
+
+# Real proxies and clients
+
+README = os.path.join(os.path.dirname(WEBSERVER), "README.md")
+NAMES = "REMOTE_ADDR", "wsgi.url_scheme", "HTTP_HOST", "SERVER_PORT", "SCRIPT_NAME"
+
+# Tells what a proxy has told.
+TELLS = """
+    def app(environ, start_response):
+        start_response("200 OK", [])
+        return [" ".join(environ[name] or "-" for name in %s).encode()]
+""" % (NAMES,)
+
+# What nginx needs around the lines of the README to run as any user.
+NGINX = """
+    daemon off; master_process off; pid pid; error_log stderr;
+    events {}
+    http {
+        access_log off; client_body_temp_path body; proxy_temp_path proxy;
+        fastcgi_temp_path fastcgi; uwsgi_temp_path uwsgi; scgi_temp_path scgi;
+        %s
+    }
+"""
+HAPROXY = """
+defaults
+    mode %s
+    timeout connect 5s
+    timeout client 20s
+    timeout server 20s
+frontend front
+    bind 127.0.0.1:%d %s
+    default_backend application
+%s
+"""
+# A proxy is trusted, and so must not pass on what its own client says of such things.
+LIES = [
+    "X-Forwarded-For: 192.0.2.66", "X-Forwarded-Proto: http", "X-Forwarded-Host: evil", "X-Forwarded-Port: 1",
+    "X-Forwarded-Prefix: /evil",
+]  # fmt: skip
+
+
+def locate(program: str) -> str:
+    """The path of a program, also of one for administrators, "" if it is missing."""
+    return shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin") or ""
+
+
+def needs(*programs: str) -> Any:
+    """Skip the test where a program is missing."""
+    missing = [program for program in programs if not locate(program)]
+    if "curl" in programs and not sys.platform.startswith("linux"):
+        missing.append("address 127.0.0.2, from which curl asks")
+    return pytest.mark.skipif(bool(missing), reason="no " + ", no ".join(missing))
+
+
+def read_readme(pattern: str) -> str:
+    """The one group of the pattern, which may go over several lines, in the README."""
+    return find("(?s)" + pattern, read_file(README))
+
+
+def replace(text: str, changes: dict[str, str]) -> str:
+    """The text with these changes, each of which must find its place."""
+    for old, new in changes.items():
+        assert old in text, "no %r in the README" % old
+        text = text.replace(old, new)
+    return text
+
+
+def curl(*words: str) -> str:
+    """What curl has got from a server; it connects from another address than the proxies do."""
+    command = ["curl", "-sS", "--noproxy", "*", "--max-time", "20", "--interface", "127.0.0.2", *words]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=2 * PATIENCE)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.decode()
+
+
+def ask_openssl(server: Running, folder: str, *words: str, data: bytes = b"") -> str:
+    """What openssl s_client has printed of its connection and received on it."""
+    address = "127.0.0.1:%d" % server.port
+    command = ["openssl", "s_client", "-connect", address, "-CAfile", folder + "/ca.pem", "-verify_return_error"]
+    options: Any = {"input": data, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "timeout": 2 * PATIENCE}
+    ended = subprocess.run([*command, *(["-ign_eof"] if data else []), *words], cwd=server.folder, **options)
+    return ended.stdout.decode(errors="replace")
+
+
+@contextlib.contextmanager
+def run_proxy(folder: Any, port: int, *command: str) -> Iterator[None]:
+    """A proxy that listens at the port until the end of the block."""
+
+    def is_up() -> bool:
+        with socket.socket() as probe:
+            return process.poll() is not None or probe.connect_ex(("127.0.0.1", port)) == 0
+
+    with open(str(folder) + "/proxy.log", "wb") as log:
+        process = subprocess.Popen(command, cwd=str(folder), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        wait_until(is_up, command[0])
+        assert process.poll() is None, read_file(str(folder) + "/proxy.log")
+        yield
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+        process.kill()
+        process.wait(PATIENCE)
+
+
+def run_haproxy(folder: Any, port: int, mode: str, tls: str, backend: str) -> Any:
+    """A haproxy in front of this backend."""
+    write_file(str(folder) + "/haproxy.cfg", HAPROXY % (mode, port, tls, backend))
+    return run_proxy(folder, port, locate("haproxy"), "-db", "-f", "haproxy.cfg")
+
+
+@needs_openssl
+@needs("nginx", "curl")
+@pytest.mark.parametrize("is_unix", [False, True], ids=["tcp", "unix"])
+def test_behind_nginx_an_application_sees_the_client(tmp_path: Any, certificates: str, is_unix: bool) -> None:
+    """As the README has it, with https at the front."""
+    port, own_port, path = free_port(), free_port(), "unix:%s/socket" % tmp_path
+    listen = "listen 127.0.0.1:%d ssl; ssl_certificate %s; ssl_certificate_key %s;"
+    if is_unix:
+        words = replace(read_readme("The server's side is `(.*?)`"), {"unix:/run/myapp.sock": path}).split()
+    else:
+        words = replace(read_readme("Over TCP it is `(.*?)`"), {"10.0.0.5": "127.0.0.1"}).split()
+        words += ["--bind", "127.0.0.1:%d" % own_port]
+    changes = {
+        "unix:/run/myapp.sock": path if is_unix else "127.0.0.1:%d" % own_port,
+        "listen 80;": listen % (port, certificates + "/server.pem", certificates + "/server.key"),
+    }
+    write_file(tmp_path / "nginx.conf", NGINX % replace(read_readme("```nginx\n(.*?)```"), changes))
+    nginx = run_proxy(tmp_path, port, locate("nginx"), "-e", "stderr", "-p", str(tmp_path), "-c", "nginx.conf")
+    with Running(tmp_path, *words, "--script-name", "/app", bind="", app=TELLS) as server, nginx:
+        for lies in ([], LIES):
+            fields = [word for lie in lies for word in ("-H", lie)]
+            told = curl("--cacert", certificates + "/ca.pem", *fields, "https://localhost:%d/app/" % port)
+            assert told == "127.0.0.2 https localhost:%d %d /app" % (port, port)
+        wait_until(lambda: server.output().count("127.0.0.2 - -") == 2, "the log")
+
+
+@needs_openssl
+@needs("haproxy", "curl")
+def test_behind_haproxy_an_application_sees_the_client(tmp_path: Any, certificates: str) -> None:
+    """As the README has it, with https at the front."""
+    port = free_port()
+    with Running(tmp_path, "--forwarded-allow-ips", "127.0.0.1", app=TELLS) as server:
+        backend = replace(read_readme("```haproxy\n(.*?)```"), {"10.0.0.7:8000": "127.0.0.1:%d" % server.port})
+        with run_haproxy(tmp_path, port, "http", "ssl crt %s/server.both" % certificates, backend):
+            for lies in ([], LIES):
+                fields = [word for lie in lies for word in ("-H", lie)]
+                told = curl("--cacert", certificates + "/ca.pem", *fields, "https://localhost:%d/" % port)
+                assert told == "127.0.0.2 https localhost:%d %d -" % (port, port)
+
+
+@needs_openssl
+@needs("haproxy", "curl")
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("version", ["send-proxy", "send-proxy-v2"])
+def test_a_header_of_haproxy_tells_the_client(tmp_path: Any, certificates: str, version: str, scheme: str) -> None:
+    """It passes the bytes on, those of TLS, too."""
+    port = free_port()
+    words = replace(read_readme("HTTP: `(--proxy-protocol.*?)`"), {"10.0.0.5": "127.0.0.1"}).split()
+    words += ["--certfile", certificates + "/server.both"] if scheme == "https" else []
+    with Running(tmp_path, *words, app=TELLS) as server:
+        line = read_readme("in haproxy\\s`(server .*?)`")
+        changes = {"10.0.0.7:8000": "127.0.0.1:%d" % server.port, "send-proxy-v2": version}
+        with run_haproxy(tmp_path, port, "tcp", "", "backend application\n    " + replace(line, changes)):
+            url = "%s://localhost:%d/" % (scheme, port)
+            told = "127.0.0.2 %s localhost:%d %d -" % (scheme, port, server.port)
+            assert curl("--cacert", certificates + "/ca.pem", "-H", LIES[0], url, url) == told * 2
+
+
+@needs_openssl
+@needs("curl")
+def test_curl_keeps_its_connection_over_tls(tmp_path: Any, certificates: str) -> None:
+    code = """
+        def app(environ, start_response):
+            start_response("200 OK", [])
+            return [b"%d %s;" % (len(environ["wsgi.input"].read()), environ["REMOTE_PORT"].encode())]
+    """
+    (tmp_path / "large").write_bytes(b"x" * 3000000)
+    with Running(tmp_path, "--certfile", certificates + "/server.both", app=code) as server:
+        url, path = "https://localhost:%d/" % server.port, str(tmp_path / "large")
+        words = "--cacert", certificates + "/ca.pem", "-H", "Expect: 100-continue"
+        for version in ("1.2", "1.3"):
+            told = curl(*words, "--tls-max", version, "-w", "%{http_version} ", "-T", path, url, "-T", path, url)
+            answers = re.findall(r"(\d+) (\d+);1.1 ", told)
+            assert answers == [("3000000", answers[0][1])] * 2  # one connection, and no HTTP/2
+
+
+@needs_openssl
+@pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
+def test_openssl_resumes_its_session(tmp_path: Any, certificates: str, version: str) -> None:
+    with Running(tmp_path, "--certfile", certificates + "/server.both", app=RUNS_QUERY) as server:
+        ask = get(CLOSE, target=make_target("answer = 'pid ' + str(os.getpid())").encode())
+        first = ask_openssl(server, certificates, version, "-sess_out", "session", data=ask)
+        assert "New, TLSv1" in first and "Verify return code: 0 (ok)" in first, first
+        then = ask_openssl(server, certificates, version, "-sess_in", "session", data=ask)
+        assert "Reused, TLSv1" in then, then
+        assert find(r"^pid (\d+)", first) != find(r"^pid (\d+)", then)
+        if version == "-tls1_2":  # in TLS 1.3 the ticket comes after what s_client waits for
+            assert ask_openssl(server, certificates, version, "-reconnect").count("Reused, TLSv1") == 5
+
+
+@needs_openssl
+@pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
+def test_openssl_shows_its_certificate(tmp_path: Any, certificates: str, version: str) -> None:
+    words = "--certfile", certificates + "/server.both", "--ca-certs", certificates + "/ca.pem"
+    with Running(tmp_path, *words, app=RUNS_QUERY) as server:
+        ask = get(CLOSE, target=make_target("answer = 'issuer ' + environ['SSL_CLIENT_I_DN']").encode())
+        pair = "-cert", certificates + "/client.pem", "-key", certificates + "/client.key"
+        assert "issuer CN=An authority,O=The tests" in ask_openssl(server, certificates, version, *pair, data=ask)
+        refused = ask_openssl(server, certificates, version, data=ask)
+        assert "HTTP/1.1" not in refused and "alert" in refused, refused
+        assert "Traceback" not in server.errors()
 
 
 # ---- 19. Before the fork ----------------------------------------------------
