@@ -67,70 +67,52 @@ Application = Callable[[Environ, StartResponse], Iterable[bytes]]
 # What can be set, and every other limit with its reason and the status that answers an excess. In bytes and seconds.
 
 
+class Option(NamedTuple):
+    """What the command line has to know of an option, besides its name, its type and its default."""
+
+    metavar: str
+    help: str
+    allowed: Any  # from the least to the greatest number, or the words; None: anything
+    short: str
+
+
+OPTIONS: list[Option] = []  # in the order of the fields of Options
+
+
+def option(default: Any, metavar: str, help: str, allowed: Any = None, short: str = "") -> Any:
+    """Note what the command line has to know of the next field of Options, and return its default."""
+    OPTIONS.append(Option(metavar, help, allowed, short))
+    return default
+
+
 class Options(NamedTuple):
     """What can be set: on the command line, or in a call of `serve` by these names."""
 
-    bind: str = ""  # "" is all addresses at $PORT, else 127.0.0.1:8000
-    max_children: int = 256
-    max_connections: int = 10000
-    timeout: float = 30.0
-    keep_alive: float = 75.0
-    graceful_timeout: float = 30.0
-    drain_delay: float = 0.0
-    connections_per_child: int = 1
-    limit_request_body: int = 1 << 30
-    limit_memory: int = 0
-    buffer_chunked: int = 1 << 20
-    warm_up: Sequence[str] = ()
-    certfile: str = ""
-    keyfile: str = ""
-    ca_certs: str = ""
-    forwarded_allow_ips: str = ""
-    proxy_protocol: bool = False
-    script_name: str = ""
-    socket_mode: str = ""
-    user: str = ""
-    access_log: str = "combined"
-    reload: bool = False
-    check: bool = False
-    no_fork: bool = False
+    bind: str = option("", "ADDRESS", "HOST:PORT, [::1]:PORT, :PORT, unix:PATH, fd:N (127.0.0.1:8000)", short="-b")
+    max_children: int = option(256, "N", "processes at work at one time", (1, 65536), "-c")
+    max_connections: int = option(10000, "N", "connections that wait, at rest or for a process", (1, 1e6))
+    timeout: float = option(30.0, "S", "seconds that a request may take without progress", (0.1, 1e6), "-t")
+    keep_alive: float = option(75.0, "S", "seconds to wait for the next request on a connection, 0 for none", (0, 1e6))
+    graceful_timeout: float = option(30.0, "S", "seconds for requests in hand at a stop or a reload", (0, 1e6))
+    drain_delay: float = option(0.0, "S", "seconds to go on accepting once the server is to stop", (0, 1e6))
+    connections_per_child: int = option(1, "N", "connections that a process serves one by one, 0 without end", (0, 1e9))
+    limit_request_body: int = option(1 << 30, "BYTES", "the largest body of a request, as 512K or 1G (1G)", (0, 1e18))
+    limit_memory: int = option(0, "BYTES", "what a process may allocate beyond what it inherits, 0 for any", (0, 1e18))
+    buffer_chunked: int = option(1 << 20, "BYTES", "up to this size a chunked body gets CONTENT_LENGTH (1M)", (0, 1e18))
+    warm_up: Sequence[str] = option((), "PATH", "GET this path, or URL, before the first fork; may be given again")
+    certfile: str = option("", "FILE", "serve TLS with the certificate in this file, which may hold the key, too")
+    keyfile: str = option("", "FILE", "the key of the certificate")
+    ca_certs: str = option("", "FILE", "demand a client certificate from one of the authorities in this file")
+    forwarded_allow_ips: str = option("", "LIST", "addresses, networks, unix, *: X-Forwarded-* from these is believed")
+    proxy_protocol: bool = option(False, "", "these peers begin a connection with a PROXY header")
+    script_name: str = option("", "PATH", "mount the application under this path, which the requests carry")
+    socket_mode: str = option("", "MODE", "the mode of the file of a unix socket, such as 660")
+    user: str = option("", "NAME[:GROUP]", "run as this user once the address is bound")
+    access_log: str = option("combined", "FORMAT", "combined, json or off, on stdout", ("combined", "json", "off"))
+    reload: bool = option(False, "", "reload when a source file changes")
+    check: bool = option(False, "", "check the options, load and warm up the application, and exit")
+    no_fork: bool = option(False, "", "serve in one process, one request at a time, for a debugger")
 
-
-class Option(NamedTuple):
-    """What the command line has to know of a field of Options, besides its type and its default."""
-
-    metavar: str
-    allowed: Any  # from the least to the greatest number, or the words; None: anything
-    help: str
-    short: str = ""
-
-
-OPTIONS: dict[str, Option] = {
-    "bind": Option("ADDRESS", None, "HOST:PORT, [::1]:PORT, :PORT, unix:PATH, fd:N (127.0.0.1:8000)", "-b"),
-    "max_children": Option("N", (1, 65536), "processes at work at one time", "-c"),
-    "max_connections": Option("N", (1, 1e6), "connections that wait, at rest or for a process"),
-    "timeout": Option("S", (0.1, 1e6), "seconds that a request may take without progress", "-t"),
-    "keep_alive": Option("S", (0, 1e6), "seconds to wait for the next request on a connection, 0 for none"),
-    "graceful_timeout": Option("S", (0, 1e6), "seconds for the requests in hand when the server stops or reloads"),
-    "drain_delay": Option("S", (0, 1e6), "seconds to go on accepting once the server is to stop (0)"),
-    "connections_per_child": Option("N", (0, 1e9), "connections that a process serves, one by one, 0 without end"),
-    "limit_request_body": Option("BYTES", (0, 1e18), "the largest body of a request, as 512K, 100M or 1G (1G)"),
-    "limit_memory": Option("BYTES", (0, 1e18), "what a process may allocate beyond what it inherits, 0 for any (0)"),
-    "buffer_chunked": Option("BYTES", (0, 1e18), "a chunked body up to this size gets a CONTENT_LENGTH (1M)"),
-    "warm_up": Option("PATH", None, "GET this path, or URL, before the first fork; may be given several times"),
-    "certfile": Option("FILE", None, "serve TLS with the certificate in this file, which may hold the key, too"),
-    "keyfile": Option("FILE", None, "the key of the certificate"),
-    "ca_certs": Option("FILE", None, "demand a client certificate from one of the authorities in this file"),
-    "forwarded_allow_ips": Option("LIST", None, "addresses, networks, unix, *: X-Forwarded-* from these is believed"),
-    "proxy_protocol": Option("", None, "these peers begin a connection with a PROXY header"),
-    "script_name": Option("PATH", None, "mount the application under this path, which the requests carry"),
-    "socket_mode": Option("MODE", None, "the mode of the file of a unix socket, such as 660"),
-    "user": Option("NAME[:GROUP]", None, "run as this user once the address is bound"),
-    "access_log": Option("FORMAT", ("combined", "json", "off"), "combined, json or off, on stdout"),
-    "reload": Option("", None, "reload when a source file changes"),
-    "check": Option("", None, "check the options, load and warm up the application, and exit"),
-    "no_fork": Option("", None, "serve in one process, one request at a time, for a debugger"),
-}
 
 MAX_REQUEST_LINE = 8190  # 414; as Apache's LimitRequestLine. RFC 9112 §3 asks for 8000 at least
 MAX_FIELD_LINE = 8190  # 431; as Apache's LimitRequestFieldSize
@@ -3302,23 +3284,26 @@ def parse_command_line(words: list[str]) -> tuple[str, Options]:
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=80),  # else it imports shutil
     )  # fmt: skip
     parser.add_argument("application", nargs="?", default="", help=argparse.SUPPRESS)
-    for (name, option), default in zip(OPTIONS.items(), Options()):
-        flags = filter(None, (option.short, "--" + name.replace("_", "-")))
+    for name, default, about in zip(Options._fields, Options(), OPTIONS):
+        flags = filter(None, (about.short, "--" + name.replace("_", "-")))
+        how: dict[str, Any] = {"default": default, "help": about.help}
         if isinstance(default, bool):
-            parser.add_argument(*flags, action="store_true", help=option.help)
+            how["action"] = "store_true"
         elif isinstance(default, tuple):
-            parser.add_argument(*flags, metavar=option.metavar, action="append", default=[], help=option.help)
+            how.update(action="append", default=[], metavar=about.metavar)
+        elif about.metavar == "BYTES":
+            how.update(type=parse_size, metavar=about.metavar)
         else:
-            kind: Any = parse_size if option.metavar == "BYTES" else type(default)
-            text = option.help + (" (%(default)s)" if default and kind is not parse_size else "")
-            parser.add_argument(*flags, metavar=option.metavar, type=kind, default=default, help=text)
+            text = about.help + (" (%(default)s)" if default != "" else "")
+            how.update(type=type(default), metavar=about.metavar, help=text)
+        parser.add_argument(*flags, **how)
     parser.add_argument("--version", action="version", version=PRODUCT)
-    for flag, text in ((flag, text) for flags, text in FOREIGN_OPTIONS for flag in flags.split()):
-        refuse, hide = partial(refuse_option, text), argparse.SUPPRESS
-        parser.add_argument(flag, nargs="?", const="", type=refuse, default=hide, help=hide)
     found, unknown = parser.parse_known_args(words)
-    for word in sorted(unknown, key=lambda word: word[:1] != "-")[:1]:  # an option before what may be its value
-        parser.error("%s is unknown: see --help" % word.partition("=")[0])
+    if unknown:
+        word = min(unknown, key=lambda word: word[:1] != "-")  # an option before what may be its value
+        name, foreign = word.partition("=")[0], {f: text for flags, text in FOREIGN_OPTIONS for f in flags.split()}
+        advice = foreign.get(name) or foreign.get(word[:2])  # as in -w4
+        parser.error("%s: %s" % (name, advice) if advice else "%s is unknown: see --help" % name)
     values = vars(found)
     return values.pop("application"), Options(**values)
 
@@ -3344,15 +3329,10 @@ def parse_size(text: str) -> int:
     return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2].upper()]
 
 
-def refuse_option(sentence: str, _: str) -> NoReturn:
-    """Say what to do instead of an option that other servers have."""
-    raise argparse.ArgumentTypeError(sentence)
-
-
 def check_options(options: Options) -> Options:
     """Return the options with what follows from the environment; StartError if one is not allowed."""
-    for (name, option), value in zip(OPTIONS.items(), options):
-        allowed, is_word = option.allowed, isinstance(value, str)
+    for name, value, about in zip(Options._fields, options, OPTIONS):
+        allowed, is_word = about.allowed, isinstance(value, str)
         if allowed and not (value in allowed if is_word else allowed[0] <= value <= allowed[1]):
             wanted = "one of " + ", ".join(allowed) if is_word else "from %g to %g" % allowed
             raise StartError("--%s is %s: it must be %s" % (name.replace("_", "-"), value, wanted), 2)
