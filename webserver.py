@@ -45,7 +45,7 @@ import sys
 import time
 import types
 from collections import Counter, deque
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import lru_cache, partial
 from _thread import get_ident
 from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, NoReturn, Sequence
@@ -2354,15 +2354,14 @@ def find_kept() -> list[int]:
 
 def end_loading(pending: list[int], is_reload: bool, signum: int) -> None:
     """Handle a signal while the application is loaded: nobody loops, so that one to stop is obeyed at once."""
-    if signum == signal.SIGALRM and is_reload:
-        log_error("the new code has not loaded in %d seconds" % CHECK_TIMEOUT)
-        os._exit(1)
     if signum == signal.SIGALRM:
         log_error("the application is still loading: does its module run a server, as by app.run()? Then it never ends")
-        return
-    if signum in (signal.SIGTERM, signal.SIGINT):
+        if is_reload:
+            os._exit(1)
+    elif signum in (signal.SIGTERM, signal.SIGINT):
         os._exit(0)
-    pending.append(signum)
+    else:
+        pending.append(signum)
 
 
 def start_again(**environ: str) -> NoReturn:
@@ -2950,16 +2949,23 @@ LEFT = {  # by a warm-up: why the server does not start
 }
 
 
-def load_warm(load: Callable[[], Application], transport: Transport, options: Options) -> Application:
-    """Load the application, and warm it up: no process has to load again what requests need. StartError."""
-    application = transport.wrap(load())
-    if options.no_fork:
-        return application  # its process serves to the end
-    for kind, _, name in sorted(find_opened()):
-        log_error("the application " + OPENED[kind] % name)
-    for target in options.warm_up:
-        warm_up(application, options, target)
-    return application
+def load_service(load: Callable[[], Application], options: Options) -> partial[bool]:
+    """Load what serves a connection: certificates, then with no more privileges the application, warm. StartError."""
+    pid, transport = os.getpid(), Transport(options)
+    if options.user and not options.check:
+        drop_privileges(options.user)
+    try:
+        application = transport.wrap(load())
+        if not options.no_fork:  # else its process serves to the end
+            for kind, _, name in sorted(find_opened()):
+                log_error("the application " + OPENED[kind] % name)
+            for target in options.warm_up:
+                warm_up(application, options, target)
+    finally:
+        if pid != os.getpid():
+            exit_child(0)  # a process that the application has forked
+    # Without anything that precedes HTTP, no child has to find that out anew.
+    return partial(serve_connection, application, options, transport=transport if transport.has_preface() else None)
 
 
 def warm_up(application: Application, options: Options, target: str) -> None:
@@ -2967,20 +2973,15 @@ def warm_up(application: Application, options: Options, target: str) -> None:
     before, began = find_opened(), time.monotonic()
     handler = signal.signal(signal.SIGALRM, partial(end_warm_up, began + options.timeout + KILL_AFTER))
     signal.setitimer(signal.ITIMER_REAL, options.timeout, TICK)
-    pid, sock = os.getpid(), WarmUpSocket(REHEARSAL % target.encode())
+    sock: Any = WarmUpSocket(REHEARSAL % target.encode())
     try:
-        serve_warm_up(application, Stream(sock, Slot(Scoreboard(1)), options.timeout))
-    except (Exception, SystemExit, Overdue) as error:
-        log_exception(error)
-        raise StartError("GET %s has failed while warming up: see the traceback above" % target) from None
+        serve_connection(application, options._replace(access_log="off"), sock, ("127.0.0.1", 0), Slot(Scoreboard(1)))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
-        if pid != os.getpid():
-            exit_at_once(0)  # a process that the application has forked
     took = time.monotonic() - began
-    if sock.status >= 500:
-        raise StartError("GET %s was answered %d while warming up: see the log above" % (target, sock.status))
+    if sock.has_failed or sock.status >= 500:
+        raise StartError("GET %s has failed while warming up (%d): see the log above" % (target, sock.status))
     while left := sorted(find_opened() - before):
         if time.monotonic() > began + took + TICK:
             kind, _, name = left[0]
@@ -2988,15 +2989,6 @@ def warm_up(application: Application, options: Options, target: str) -> None:
         gc.collect()
         time.sleep(TICK / 20)  # a thread may need a moment to end
     log_error("warmed up: GET %s %d in %d ms" % (target, sock.status, took * 1000))
-
-
-def serve_warm_up(application: Application, stream: Stream) -> None:
-    """Take its request through the parser, the environ, the application and the response; raise what goes wrong."""
-    request, variables = parse_head(read_head(stream, None))
-    stream.slot.mark_busy(request.line)
-    shared = make_connection_environ(stream.sock, ("127.0.0.1", 0), True)
-    environ = {**variables, **shared, "webserver.requests": 1, "wsgi.input": io.BytesIO()}
-    run_application(application, environ, Response(stream, request, True))
 
 
 def end_warm_up(deadline: float, *_: Any) -> None:
@@ -3008,14 +3000,14 @@ def end_warm_up(deadline: float, *_: Any) -> None:
 
 
 class WarmUpSocket:
-    """Owns the request of a warm-up and the status of its answer, and stands in for a socket of any capacity."""
+    """Owns the request of a warm-up and what became of it, and stands in for a socket of any capacity."""
 
     def __init__(self, request: bytes) -> None:
-        self.request, self.status = request, 0
+        self.request, self.status, self.has_failed = request, 0, False
 
     def recv(self, *_: int) -> bytes:
-        """Give the request, and then the end."""
-        request, self.request = self.request, b""
+        """Give the request, and then the end: it is waited for only behind an answer that tells an error."""
+        request, self.request, self.has_failed = self.request, b"", not self.request
         return request
 
     def sendmsg(self, blocks: Sequence[bytes], *_: Any) -> int:
@@ -3031,8 +3023,10 @@ class WarmUpSocket:
         """Name the server's end."""
         return "127.0.0.1", 80
 
-    def setsockopt(self, *_: Any) -> None:
-        """Set nothing."""
+    def close(self, *_: Any) -> None:
+        """Close, shut down and set nothing."""
+
+    shutdown = setsockopt = close
 
 
 def find_opened() -> set[tuple[str, int, str]]:
@@ -3363,92 +3357,80 @@ def serve(application: Application, **options: Any) -> None:
 
 
 def start(load: Callable[[], Application], options: Options) -> None:
-    """Bind, drop privileges, load, and serve."""
+    """Bind, load, and serve."""
     # Step 1: what needs no socket.
     options = check_options(options)
     open_standard_files()
-    kept = find_kept()
-    transport = try_in_reload(partial(Transport, options), kept)
-    load = partial(load_warm, load, transport, options)
     if options.check or os.environ.get("WEBSERVER_CHECK") == str(os.getpid()):
-        application = load()
+        service = load_service(load, options)
         if options.check:
-            print("the application loads: %r" % (application,))
+            print("the application loads: %r" % service.args[:1])
         exit_at_once(0 if options.check else CHECK_PASSED)
-    options = options._replace(max_connections=raise_descriptor_limit(options.max_connections))
     rehearse()
-    # Step 2: the sockets, opened or kept in a reload, and then no more privileges.
-    options = options._replace(bind=find_inherited_address() or options.bind)
+    # Step 2: the sockets, opened or kept in a reload.
+    kept = find_kept()
+    options = options._replace(
+        bind=find_inherited_address() or options.bind, max_connections=raise_descriptor_limit(options.max_connections)
+    )
     sock = socket.socket(fileno=kept[1]) if kept else open_listener(options.bind, options.socket_mode)
     listener = Listener(sock, options.bind)
     mailbox = Channel(*(socket.socket(fileno=fd) for fd in kept[2:4])) if kept else make_channel()
-    signals = Signals(mailbox.sender)
+    signals, held = Signals(mailbox.sender), ExitStack()  # what a process gives up that the application forks
+    signals.detach = held.close
+    for sock in (listener.sock, mailbox.receiver, mailbox.sender):
+        held.callback(sock.close)
     try:
-        if options.user:
-            drop_privileges(options.user)
-        # Step 3: the application, and the loop. Signals end the process until it is loaded.
-        service = partial(serve_connection, load_guarded(load, signals, kept), options)
-        if transport.has_preface():  # else each child would find that out anew
-            service = partial(service, transport=transport)
-        run(service, options, listener, mailbox, signals, kept)
+        # Step 3: what serves, and the loop. Signals end the process until it is loaded.
+        service = load_guarded(partial(load_service, load, options), signals, kept)
+        run(service, options, listener, mailbox, signals, held, kept)
     finally:
         signals.release()
+        held.close()
         listener.close()
-        for sock in (mailbox.receiver, mailbox.sender):
-            sock.close()
 
 
-def load_guarded(load: Callable[[], Application], signals: Signals, kept: list[int]) -> Any:
-    """Return the application; while it is loaded, a signal to stop ends the process, also as PID 1."""
+def load_guarded(load: Callable[[], partial[bool]], signals: Signals, kept: list[int]) -> partial[bool]:
+    """Return what is loaded; meanwhile a signal to stop ends the process, also as PID 1. StartError.
+
+    What fails in a reload, although it was checked before, is tried again.
+    """
     signals.receiver = partial(end_loading, signals.pending, bool(kept))
-    signals.detach = lambda: None
     signals.catch(*(SIGNALS if kept else (signal.SIGTERM, signal.SIGALRM)))
     signal.alarm(int(CHECK_TIMEOUT) if kept else LOADING_IS_SLOW)
     try:
-        return try_in_reload(load, kept)
-    finally:
-        signal.alarm(0)
-
-
-def try_in_reload(make: Callable[[], Any], kept: list[int]) -> Any:
-    """Return what is made; if that fails in a reload, which was checked before, start again. StartError."""
-    try:
-        return make()
+        return load()
     except StartError as reason:
         if not kept:
             raise
         log_error("the reload fails and is tried again: %s" % reason)
         time.sleep(TICK)
         replace_program(kept)
+    finally:
+        signal.alarm(0)
 
 
 def run(
-    service: Service, options: Options, listener: Listener, mailbox: Channel, signals: Signals, kept: list[int]
-) -> None:
+    service: Service, options: Options, listener: Listener, mailbox: Channel, signals: Signals, held: ExitStack,
+    kept: list[int],
+) -> None:  # fmt: skip
     """Serve with children, or without, until the server was stopped."""
     signals.receiver = signals.pending.append
     left = (signal.SIGINT, signal.SIGHUP) if options.no_fork else ()  # to the debugger, and to end with the terminal
     signals.catch(*(signum for signum in SIGNALS if signum not in left))
     size = 8 + options.max_children * SLOT_SIZE
     board = Scoreboard(1) if options.no_fork else Scoreboard(0, kept[0] if kept else make_shared_file(size))
-    reactor = Reactor(listener, mailbox, options)
+    reactor, child = Reactor(listener, mailbox, options), Child(service, listener.family, mailbox, board, options)
+    for give_up in (child.detach, reactor.close_copies, child.queue.sender.close, reactor.selector.close):
+        held.callback(give_up)
+    if board.fd >= 0:
+        held.callback(os.close, board.fd)
     if kept:  # what was at rest before the reload
         with socket.socket(fileno=kept[4]) as receiver, socket.socket(fileno=kept[5]) as sender:
-            channel = Channel(receiver, sender)
+            rest = Channel(receiver, sender)
             with suppress(BlockingIOError):
                 while True:
-                    reactor.hold(*channel.receive(DONT_WAIT, SPACE, MEMOS))
-    child = Child(service, listener.family, mailbox, board, options)
+                    reactor.hold(*rest.receive(DONT_WAIT, SPACE, MEMOS))
     prepare_to_fork(options)
-
-    def detach() -> None:
-        """Give up what is the server's."""
-        child.detach()
-        reactor.close_copies()
-        for file in (child.queue.sender, mailbox.receiver, reactor.selector):
-            file.close()
-
-    signals.detach = detach
     alone = partial(serve_alone, child, reactor, signals)
     loop: Any = alone if options.no_fork else Parent(child, reactor, signals, options).run
     if os.geteuid() == 0:
@@ -3458,10 +3440,6 @@ def run(
     notify("READY=1")
     loop()
     log_error("stopped")
-    signals.release()
-    detach()
-    if board.fd >= 0:
-        os.close(board.fd)
 
 
 def exit_at_once(status: int) -> NoReturn:
