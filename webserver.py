@@ -2448,8 +2448,8 @@ def accept_tls(context: Any, stream: Stream, deadline: float) -> TLSSocket:
     try:
         while True:
             with suppress(BlockingIOError):
-                if session.shake_hands():
-                    return session
+                session.shake_hands()
+                return session
             if stream.slot.mark_silent() >= (began + TICK if stream.slot.is_pressed() else deadline):
                 raise ClientGoneError(0)
     except OSError as error:
@@ -2474,24 +2474,27 @@ class TLSSocket:
         """All else is that of the socket."""
         return getattr(self.sock, name)
 
-    def shake_hands(self) -> bool:
-        """Go a step on in the handshake; return whether it is over. BlockingIOError if nothing comes for a second."""
-        try:
-            self.session.do_handshake()
-        except self.want_read:
-            self.push()
-            self.fill()
-            return False
-        except OSError:
-            with suppress(OSError):
-                self.push(DONT_WAIT)  # the alert that says why
-            raise
-        self.push()
-        return True
+    def shake_hands(self) -> None:
+        """Go on with the handshake to its end; BlockingIOError if that does not come within a second."""
+        self.attempt(self.session.do_handshake)
 
-    def fill(self, flags: int = 0) -> None:
+    def attempt(self, step: Callable[[], Any]) -> Any:
+        """Return what a step of the session returns, once it has the records that it wants."""
+        until = time.monotonic() + TICK  # also for a client that sends one record byte by byte
+        while True:
+            try:
+                return step()
+            except self.want_read:  # a part of a record
+                if time.monotonic() >= until:
+                    raise BlockingIOError from None
+            finally:
+                with suppress(OSError):  # a message of the handshake, an alert, or the answer to an update of the keys
+                    self.push(DONT_WAIT)
+            self.fill()
+
+    def fill(self) -> None:
         """Receive records; an end that was not told by close_notify is a cut."""
-        if not (records := self.sock.recv(RECEIVE_SIZE, flags)):
+        if not (records := self.sock.recv(RECEIVE_SIZE)):
             raise ConnectionResetError("the client has closed without close_notify")
         self.incoming.write(records)
 
@@ -2508,19 +2511,9 @@ class TLSSocket:
         """Receive data, as recv(2) does; b"" after close_notify."""
         if self.is_ended:
             return self.sock.recv(size, flags)  # to be dropped
-        until = time.monotonic() + TICK  # also for a client that sends one record byte by byte
-        while True:
-            if self.incoming.pending or self.session.pending():
-                try:
-                    return bytes(self.session.read(size))
-                except self.want_read:  # a part of a record
-                    if time.monotonic() >= until:
-                        raise BlockingIOError from None
-                finally:
-                    if self.outgoing.pending:  # an alert, or the answer to an update of the keys
-                        with suppress(OSError):
-                            self.push(DONT_WAIT)
-            self.fill(flags)
+        if not (self.incoming.pending or self.session.pending()):
+            self.fill()
+        return bytes(self.attempt(partial(self.session.read, size)))
 
     def send(self, data: Any, flags: int = 0) -> int:
         """Send all the data, or BlockingIOError: then the next call must begin with the same data."""
@@ -2581,7 +2574,8 @@ HOP = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?|([0-9.]+)(?::[0-9]{1,5})
 MOUNT = re.compile(r"(?:/[^/?#%\x00-\x20\x7f-\U0010ffff]+)*/?")
 # PROXY SP ( UNKNOWN / ( TCP4 / TCP6 ) SP source SP destination SP port SP port ) CRLF
 PROXY_LINE = re.compile(
-    rb"PROXY (?:UNKNOWN[^\r\n]*|TCP([46]) ([0-9A-Fa-f:.]+) [0-9A-Fa-f:.]+ ([0-9]{1,5}) [0-9]{1,5})\r\n"
+    rb"PROXY (?:UNKNOWN[^\r\n]*|TCP(?:4 ([0-9.]+)|6 ([0-9A-Fa-f:]*:[0-9A-Fa-f:.]+))"
+    rb" [0-9A-Fa-f:.]+ ([0-9]{1,5}) [0-9]{1,5})\r\n"
 )
 PROXY_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"  # what a header of version 2 begins with
 MAX_PROXY_LINE = 107  # bytes of a header of version 1, its CRLF included
@@ -2604,8 +2598,16 @@ class Transport:
 
     def wrap(self, application: Application) -> Application:
         """Return the application as it is seen from behind the proxies, at the path where it is mounted."""
-        mounted = mount(self.path, application) if self.path else application
-        return believe_proxies(self.trust, mounted) if self.trust else mounted
+
+        def wrapped(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+            """Call the application with what the proxy tells of its client, and with its own part of the path."""
+            if self.trust:
+                believe_proxy(environ, self.trust)
+            if self.path:
+                mount(environ, self.path)
+            return application(environ, start_response)
+
+        return wrapped if self.trust or self.path else application
 
     def open(self, stream: Stream, shared: Environ, deadline: float | None) -> None:
         """Receive what precedes HTTP, by the deadline, and note in the environ what it tells."""
@@ -2629,31 +2631,21 @@ class Trust:
     def __init__(self, words: str) -> None:
         import ipaddress
 
-        self.names, self.networks = set(), []
-        for word in filter(None, re.split("[, ]+", words)):
-            if word in ("unix", "*"):
-                self.names.add(word)
-                continue
-            try:
-                self.networks.append(ipaddress.ip_network(word, strict=False))
-            except ValueError:
-                raise StartError("--forwarded-allow-ips: not an address or a network: %r" % word, 2) from None
-
-        @lru_cache(maxsize=256)
-        def parse(address: str) -> Any:
-            """Return the address; of one that IPv6 has mapped, the IPv4 address; ValueError."""
-            parsed = ipaddress.ip_address(address.partition("%")[0])  # without the zone of a peer on the same link
-            return getattr(parsed, "ipv4_mapped", None) or parsed
-
-        self.parse = parse
+        self.names = set(filter(None, re.split("[, ]+", words)))
+        try:
+            self.networks = [ipaddress.ip_network(name, strict=False) for name in self.names - {"unix", "*"}]
+        except ValueError as error:
+            raise StartError("--forwarded-allow-ips: %s" % error, 2) from None
 
     def covers_peer(self, address: str) -> bool:
         """Return whether a peer with this address, "" at a unix socket, is believed."""
-        return "*" in self.names or ("unix" in self.names if not address else self.covers(address))
+        if "*" in self.names or not address:
+            return not self.names.isdisjoint(("*", "unix"))
+        return self.covers(address.partition("%")[0])  # without the zone of a peer on the same link
 
     def covers(self, address: str) -> bool:
         """Return whether the address is in the list; ValueError if it is none."""
-        parsed = self.parse(address)
+        parsed = parse_ip(address)
         return any(parsed in network for network in self.networks)
 
     def find_client(self, hops: str) -> str:
@@ -2662,7 +2654,7 @@ class Trust:
         for hop in reversed(hops.split(",")):  # what stands left of the client may be anybody's invention
             match = HOP.fullmatch(hop.strip(" \t"))
             try:
-                client = str(self.parse((match[1] or match[2] or match[3]) if match else ""))
+                client = str(parse_ip(match[match.lastindex or 0] if match else ""))
                 if not self.covers(client):
                     break
             except ValueError:
@@ -2670,23 +2662,20 @@ class Trust:
         return client
 
 
-def believe_proxies(trust: Trust, application: Application) -> Application:
-    """Return an application to which the client of a proxy is the client."""
+@lru_cache(maxsize=256)
+def parse_ip(address: Any) -> Any:
+    """Return the IP address in this text or these bytes; of one that IPv6 has mapped, the IPv4 address; ValueError."""
+    import ipaddress
 
-    def forwarded(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-        """Set what a proxy tells of its client, if it is believed, or else drop it."""
-        if trust.covers_peer(environ["REMOTE_ADDR"]):
-            apply_forwarded(environ, trust)
-        else:
-            for name in (*FORWARDED, "HTTP_FORWARDED"):
-                environ.pop(name, None)
-        return application(environ, start_response)
-
-    return forwarded
+    parsed = ipaddress.ip_address(address)
+    return getattr(parsed, "ipv4_mapped", None) or parsed
 
 
-def apply_forwarded(environ: Environ, trust: Trust) -> None:
-    """Set what a proxy tells of its client; HTTPError if it makes no sense."""
+def believe_proxy(environ: Environ, trust: Trust) -> None:
+    """Set what a proxy tells of its client, or drop it if the peer is not to be believed; HTTPError if it is wrong."""
+    if not trust.covers_peer(environ["REMOTE_ADDR"]):
+        for name in (*FORWARDED, "HTTP_FORWARDED"):
+            environ.pop(name, None)
     hops, scheme, host, port, prefix = map(environ.get, FORWARDED)
     if hops is not None:
         environ["REMOTE_ADDR"], environ["REMOTE_PORT"] = trust.find_client(hops), ""
@@ -2717,17 +2706,11 @@ def find_authority(environ: Environ, host: str | None, port: str | None) -> tupl
     return name if port == default else "%s:%s" % (name, port), port
 
 
-def mount(path: str, application: Application) -> Application:
-    """Return an application that has another one under this path."""
-
-    def mounted(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-        """Move the path that the request carries to SCRIPT_NAME."""
-        require((environ["PATH_INFO"] + "/").startswith(path + "/"), 404, "nothing is here")
-        environ["SCRIPT_NAME"] += path
-        environ["PATH_INFO"] = environ["PATH_INFO"][len(path) :]
-        return application(environ, start_response)
-
-    return mounted
+def mount(environ: Environ, path: str) -> None:
+    """Move the path where the application is mounted, which the request carries, to SCRIPT_NAME."""
+    require((environ["PATH_INFO"] + "/").startswith(path + "/"), 404, "nothing is here")
+    environ["SCRIPT_NAME"] += path
+    environ["PATH_INFO"] = environ["PATH_INFO"][len(path) :]
 
 
 def read_proxy_header(stream: Stream, deadline: float) -> str:
@@ -2754,15 +2737,7 @@ def parse_proxy_header(data: bytes) -> tuple[int, str] | None:
         return None
     if not (match := PROXY_LINE.fullmatch(data[:end])):
         raise HTTPError(400, "a malformed PROXY header")
-    if match[1] is None:  # UNKNOWN
-        return end, "-"
-    family, address = socket.AF_INET if match[1] == b"4" else socket.AF_INET6, match[2].decode()
-    try:
-        is_valid = bool(socket.inet_pton(family, address)) and int(match[3]) < 65536
-    except OSError:
-        is_valid = False
-    require(is_valid, 400, "a PROXY header with an invalid address")
-    return end, "%s %d" % (strip_mapping(address), int(match[3]))
+    return end, note_client((match[1] or match[2]).decode(), int(match[3])) if match[3] else "-"  # UNKNOWN
 
 
 def parse_binary_proxy_header(data: bytes) -> tuple[int, str] | None:
@@ -2774,12 +2749,21 @@ def parse_binary_proxy_header(data: bytes) -> tuple[int, str] | None:
     require(command in (0x20, 0x21), 400, "a PROXY header of an unknown version")
     if len(data) < 16 + size:
         return None
-    family, length = {0x11: (socket.AF_INET, 4), 0x21: (socket.AF_INET6, 16)}.get(kind, (socket.AF_UNSPEC, 0))
+    length = {0x11: 4, 0x21: 16}.get(kind, 0)
     if command == 0x20 or not length:  # LOCAL, or an address that is none of TCP
         return 16 + size, "-"
     require(size >= 2 * length + 4, 400, "a PROXY header that is too short")
-    (port,) = struct.unpack_from(">H", data, 16 + 2 * length)
-    return 16 + size, "%s %d" % (strip_mapping(socket.inet_ntop(family, data[16 : 16 + length])), port)
+    return 16 + size, note_client(data[16 : 16 + length], *struct.unpack_from(">H", data, 16 + 2 * length))
+
+
+def note_client(address: str | bytes, port: int) -> str:
+    """Return what is noted of the client that a PROXY header tells: address and port."""
+    try:
+        noted = "%s %d" % (parse_ip(address), port)
+    except ValueError:
+        noted = ""
+    require(noted and port < 65536, 400, "a PROXY header with an invalid address")
+    return noted
 
 
 # ---- 18. Surroundings -------------------------------------------------------
