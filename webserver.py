@@ -2368,7 +2368,7 @@ def start_again(**environ: str) -> NoReturn:
     """Replace this process by the program as it was started, with these variables in its environment (execve(2))."""
     try:
         os.chdir(STARTED_IN)
-        lower_descriptor_limit()
+        set_limit("RLIMIT_NOFILE")
         os.execve(sys.executable, STARTED_AS, {**STARTED_WITH, **environ})
     except OSError as error:
         log_error("cannot start %s again: %s" % (sys.executable, error.strerror))
@@ -2769,10 +2769,8 @@ def note_client(address: str | bytes, port: int) -> str:
 # ---- 18. Surroundings -------------------------------------------------------
 # What the server takes from the system and tells it, and what is done once, so that no fork has to do it.
 
-SOFT_LIMIT: list[int] = []  # the limit of descriptors before it was raised
 OTHER_DESCRIPTORS = 64  # besides those of connections
-MEMORY_LIMIT: list[int] = []  # of a child's data, what it inherits included
-FINALIZERS: list[Any] = []  # the registry of weakref.finalize, and what is in it before the first fork
+LIMITS: dict[str, int] = {}  # what a child's soft limits are: of descriptors, as before; of data, with what it inherits
 
 
 class StartError(Exception):
@@ -2795,11 +2793,12 @@ def open_standard_files() -> None:
 def become_child() -> None:
     """In a new child: take back what is only the parent's."""
     atexit._clear()  # exit handlers run in the process that has registered them; there is no public way
-    lower_descriptor_limit()
-    if MEMORY_LIMIT:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT[0], resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    if weakref := sys.modules.get("weakref"):  # nor is there one for the registry of weakref.finalize
+        for finalizer in list(weakref.finalize._registry):
+            finalizer.atexit = False
+        atexit.register(weakref.finalize._exitfunc)
+    for name in LIMITS:
+        set_limit(name)
     try:  # the OOM killer takes the largest, which is the parent: a child counts as half of all memory more (proc(5))
         fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
         os.write(fd, b"500")
@@ -2816,28 +2815,19 @@ def drop_privileges(name: str) -> None:
     user, _, group = name.partition(":")
     try:
         entry = pwd.getpwnam(user)
-        gid = grp.getgrnam(group).gr_gid if group else entry.pw_gid
-        if get_ids() != ({entry.pw_uid}, {gid}):  # else a reload: it is done
+        uid, gid = entry.pw_uid, grp.getgrnam(group).gr_gid if group else entry.pw_gid
+        if (os.getuid(), os.geteuid(), os.getgid(), os.getegid()) != (uid, uid, gid, gid):  # else a reload: it is done
             os.initgroups(user, gid)
             os.setgid(gid)
-            os.setuid(entry.pw_uid)
+            os.setuid(uid)
             with suppress(Exception):  # not Linux; else /proc/self would not belong to the new user (proc(5))
                 import ctypes
 
                 ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE (prctl(2))
-        if get_ids() != ({entry.pw_uid}, {gid}):
-            raise PermissionError(errno.EPERM, "the former user could be regained")
     except KeyError:
         raise StartError("there is no user or group %r" % name) from None
     except OSError as error:
         raise StartError("cannot become %r: %s; only root can" % (name, error.strerror)) from None
-
-
-def get_ids() -> tuple[set[int], set[int]]:
-    """Return all user ids and all group ids of this process: real, effective and saved."""
-    if hasattr(os, "getresuid"):
-        return set(os.getresuid()), set(os.getresgid())
-    return {os.getuid(), os.geteuid()}, {os.getgid(), os.getegid()}
 
 
 def raise_descriptor_limit(connections: int) -> int:
@@ -2848,42 +2838,37 @@ def raise_descriptor_limit(connections: int) -> int:
     wanted = connections + OTHER_DESCRIPTORS
     if 0 <= soft < wanted:
         wanted = min(wanted, hard) if hard >= 0 else wanted
-        SOFT_LIMIT[:] = [soft]
+        LIMITS["RLIMIT_NOFILE"] = soft  # an application may count on what the user has set
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     return max(wanted - OTHER_DESCRIPTORS, 1)
 
 
-def lower_descriptor_limit() -> None:
-    """Set the limit back, if it was raised: an application may count on what the user has set."""
-    if SOFT_LIMIT:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_NOFILE, (SOFT_LIMIT[0], resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-
-
 def limit_memory(allowed: int) -> None:
     """Have every child limited to so many bytes beyond what it inherits (getrlimit(2), RLIMIT_DATA); StartError."""
-    import resource
-
     try:
         with open("/proc/self/status", "rb") as file:
             inherited = int(re.findall(rb"VmData:\s*(\d+) kB", file.read())[0]) * 1024
     except (OSError, IndexError):
         raise StartError("--limit-memory needs /proc/self/status of Linux: leave it out here") from None
-    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    MEMORY_LIMIT[:] = [min(inherited + allowed, hard) if hard >= 0 else inherited + allowed]
+    LIMITS["RLIMIT_DATA"] = inherited + allowed
+
+
+def set_limit(name: str) -> None:
+    """Set a soft limit to what a child has, or to the hard limit if that is lower."""
+    if name in LIMITS:
+        import resource
+
+        kind = getattr(resource, name)
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (min(LIMITS[name], hard) if hard >= 0 else LIMITS[name], hard))
 
 
 def run_exit_handlers() -> None:
     """Run what was registered in this process: by atexit, weakref.finalize (temporary folders) and multiprocessing."""
     try:
-        atexit._run_exitfuncs()  # the other two have registered themselves there once, in the parent
+        atexit._run_exitfuncs()
     except (Exception, SystemExit):
         pass  # it has printed the traceback
-    registry, inherited = FINALIZERS or ((), ())
-    if len(registry) != len(inherited):
-        for finalizer in [own for own in reversed(registry) if own not in inherited and own.atexit]:
-            finalizer()
     multiprocessing = sys.modules.get("multiprocessing.process")
     for process in multiprocessing.active_children() if multiprocessing else ():
         with suppress(AssertionError):  # is_alive says so of a child of the parent
@@ -3057,8 +3042,6 @@ def prepare_to_fork(options: Options) -> None:
     if options.limit_memory:
         limit_memory(options.limit_memory)
     flush_output()  # else each child would flush a copy
-    if weakref := sys.modules.get("weakref"):  # `_registry` is private, but nothing else tells whose they are
-        FINALIZERS[:] = weakref.finalize._registry, dict(weakref.finalize._registry)
     gc.collect()
     gc.freeze()  # a collection in a child would write to, and so copy, all that it inherited
 
