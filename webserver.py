@@ -67,21 +67,14 @@ Application = Callable[[Environ, StartResponse], Iterable[bytes]]
 # What can be set, and every other limit with its reason and the status that answers an excess. In bytes and seconds.
 
 
-class Option(NamedTuple):
-    """What the command line has to know of an option, besides its name, its type and its default."""
-
-    metavar: str
-    help: str
-    allowed: Any  # from the least to the greatest number, or the words; None: anything
-    short: str
-
-
-OPTIONS: list[Option] = []  # in the order of the fields of Options
+# Of each field of Options, in their order, what only the command line and the check of the options have to know: the
+# metavar, the help, what is allowed (from the least to the greatest number, or the words; None: anything), a short form
+OPTIONS: list[tuple[str, str, Any, str]] = []
 
 
 def option(default: Any, metavar: str, help: str, allowed: Any = None, short: str = "") -> Any:
-    """Note what the command line has to know of the next field of Options, and return its default."""
-    OPTIONS.append(Option(metavar, help, allowed, short))
+    """Note these facts of the next field of Options, and return its default."""
+    OPTIONS.append((metavar, help, allowed, short))
     return default
 
 
@@ -2613,12 +2606,11 @@ class Transport:
         """Receive what precedes HTTP, by the deadline, and note in the environ what it tells."""
         stream.preface, slot = None, stream.slot
         until = deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout)
-        if self.trust and self.is_proxied:
-            if not slot.memo and self.trust.covers_peer(shared["REMOTE_ADDR"]):
-                slot.memo = read_proxy_header(stream, until).encode()
-            if slot.memo not in (b"", b"-"):
-                shared["REMOTE_ADDR"], shared["REMOTE_PORT"] = slot.memo.decode().split()
-                slot.client = slot.memo.split()[0]
+        if self.is_proxied and self.trust and not slot.memo and self.trust.covers_peer(shared["REMOTE_ADDR"]):
+            slot.memo = read_proxy_header(stream, until).encode()
+        if slot.memo not in (b"", b"-"):
+            shared["REMOTE_ADDR"], shared["REMOTE_PORT"] = slot.memo.decode().split()
+            slot.client = slot.memo.split()[0]
         if self.context:
             stream.sock = accept_tls(self.context, stream, until)
             shared.update(stream.sock.make_environ())
@@ -2988,14 +2980,10 @@ class WarmUpSocket:
         """Take the data."""
         return self.sendmsg((data,))
 
-    def getsockname(self) -> tuple[str, int]:
-        """Name the server's end."""
-        return "127.0.0.1", 80
-
     def close(self, *_: Any) -> None:
-        """Close, shut down and set nothing."""
+        """Close, shut down, set and tell nothing."""
 
-    shutdown = setsockopt = close
+    shutdown = setsockopt = getsockname = close
 
 
 def find_opened() -> set[tuple[str, int, str]]:
@@ -3021,9 +3009,9 @@ def find_opened() -> set[tuple[str, int, str]]:
 
 def describe_peer(peer: Any) -> str:
     """Return an address as a person writes it."""
-    if not isinstance(peer, tuple):
-        return "unix:%s" % (peer if isinstance(peer, str) else peer.decode("latin-1"))
-    return ("[%s]:%s" if ":" in str(peer[0]) else "%s:%s") % peer[:2]
+    if isinstance(peer, tuple):
+        return ("[%s]:%s" if ":" in str(peer[0]) else "%s:%s") % peer[:2]
+    return "unix:%s" % peer
 
 
 def rehearse() -> None:
@@ -3049,7 +3037,7 @@ def prepare_to_fork(options: Options) -> None:
 # ---- 20. Application --------------------------------------------------------
 # A name -> a callable; and the application that is served when none is named.
 
-IS_ASYNC = 0x80 | 0x200  # inspect.CO_COROUTINE, CO_ASYNC_GENERATOR
+HAS_VARARGS, IS_ASYNC = 0x04, 0x80 | 0x200  # inspect.CO_VARARGS; CO_COROUTINE, CO_ASYNC_GENERATOR
 PAGE = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>It works</title><style>%s</style>
@@ -3091,9 +3079,9 @@ def load_application(name: str) -> Application:
         module = importlib.import_module(module_name)
         path = path if colon else "application" if hasattr(module, "application") else "app"
         return check_application(find_application(module, path), "%s:%s" % (module_name, path))
+    except StartError:
+        raise
     except (Exception, SystemExit) as error:
-        if isinstance(error, StartError):
-            raise
         if isinstance(error, ModuleNotFoundError) and error.name and (module_name + ".").startswith(error.name + "."):
             raise StartError(describe_missing_module(module_name, colon)) from None
         log_exception(error)
@@ -3103,13 +3091,12 @@ def load_application(name: str) -> Application:
 def describe_missing_module(name: str, colon: str) -> str:
     """Return a sentence that says what may be wrong."""
     package, _, attribute = name.rpartition(".")
+    hint = "looked in %s and the installed ones" % os.getcwd()
     if package and not colon:
-        return "there is no module %r: if %r is the application in %r, write %s:%s" % (
-            name, attribute, package, package, attribute,
-        )  # fmt: skip
-    if not os.access(os.getcwd(), os.R_OK | os.X_OK):
-        return "there is no module %r: this user may not read %s, where it is looked for" % (name, os.getcwd())
-    return "there is no module %r: looked in %s and the installed ones" % (name, os.getcwd())
+        hint = "if %r is the application in %r, write %s:%s" % (attribute, package, package, attribute)
+    elif not os.access(os.getcwd(), os.R_OK | os.X_OK):
+        hint = "this user may not read %s, where it is looked for" % os.getcwd()
+    return "there is no module %r: %s" % (name, hint)
 
 
 def find_application(module: Any, path: str) -> Any:
@@ -3143,32 +3130,27 @@ def check_application(found: Any, name: str) -> Application:
 
 
 def accepts(found: Any, count: int) -> bool:
-    """Return whether a callable takes so many arguments, as far as that can be known."""
-    function = find_function(found)
-    code = None if isinstance(found, type) else getattr(function, "__code__", None)
-    if code and code.co_argcount - hasattr(function, "__self__") == count and not code.co_kwonlyargcount:
-        return True  # the common case goes without an import that every fork would copy
-    import inspect
-
-    try:
-        inspect.signature(found, follow_wrapped=False).bind(*[None] * count)
-    except TypeError:
-        return False
-    except ValueError:
-        pass  # written in C, and says nothing
-    return True
+    """Return whether a callable takes so many arguments, as far as that is known: what is written in C says nothing."""
+    function = find_function(found)  # `inspect` would tell it, too, but every fork would copy that
+    if not (code := getattr(function, "__code__", None)):
+        return True
+    most = code.co_argcount - hasattr(function, "__self__")
+    least = most - len(function.__defaults__ or ())
+    has_all_names = code.co_kwonlyargcount == len(function.__kwdefaults__ or ())
+    return has_all_names and least <= count and bool(count <= most or code.co_flags & HAS_VARARGS)
 
 
 def find_function(found: Any) -> Any:
-    """Return the function that is called when an object is."""
+    """Return the function or method that is called when an object is."""
+    if issubclass(type(found), type):
+        return types.MethodType(found.__init__, found)
     return found if isinstance(found, (types.FunctionType, types.MethodType)) else found.__call__
 
 
 def list_callables(module: Any) -> str:
     """Return the names of the module that could be meant."""
-    found = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-    own = [n for n in found if getattr(vars(module)[n], "__module__", module.__name__) == module.__name__]
-    return "these callables: " + ", ".join((own or found)[:12]) if found else "no callables"
+    found = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+    return "these callables: " + ", ".join(found[:12]) if found else "no callables"
 
 
 def show_environ(environ: Environ, start_response: StartResponse) -> list[bytes]:
@@ -3245,19 +3227,17 @@ def parse_command_line(words: list[str]) -> tuple[str, Options]:
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=80),  # else it imports shutil
     )  # fmt: skip
     parser.add_argument("application", nargs="?", default="", help=argparse.SUPPRESS)
-    for name, default, about in zip(Options._fields, Options(), OPTIONS):
-        flags = filter(None, (about.short, "--" + name.replace("_", "-")))
-        how: dict[str, Any] = {"default": default, "help": about.help}
+    for name, default, (metavar, text, _, short) in zip(Options._fields, Options(), OPTIONS):
+        how: dict[str, Any] = {"metavar": metavar, "default": default, "type": type(default)}
         if isinstance(default, bool):
-            how["action"] = "store_true"
+            how = {"action": "store_true"}
         elif isinstance(default, tuple):
-            how.update(action="append", default=[], metavar=about.metavar)
-        elif about.metavar == "BYTES":
-            how.update(type=parse_size, metavar=about.metavar)
-        else:
-            text = about.help + (" (%(default)s)" if default != "" else "")
-            how.update(type=type(default), metavar=about.metavar, help=text)
-        parser.add_argument(*flags, **how)
+            how = {"metavar": metavar, "default": [], "action": "append"}
+        elif metavar == "BYTES":
+            how["type"] = parse_size
+        elif default != "":
+            text += " (%(default)s)"
+        parser.add_argument(*filter(None, (short, "--" + name.replace("_", "-"))), help=text, **how)
     parser.add_argument("--version", action="version", version=PRODUCT)
     found, unknown = parser.parse_known_args(words)
     if unknown:
@@ -3271,13 +3251,10 @@ def parse_command_line(words: list[str]) -> tuple[str, Options]:
 
 def read_environment() -> list[str]:
     """Return the words of WEBSERVER_OPTIONS, as a shell would split them; those of the command line come behind."""
-    words = os.environ.get("WEBSERVER_OPTIONS", "")
-    if not words:
-        return []
     import shlex
 
     try:
-        return shlex.split(words)
+        return shlex.split(os.environ.get("WEBSERVER_OPTIONS", ""))
     except ValueError as error:
         raise StartError("WEBSERVER_OPTIONS cannot be split into words: %s" % error, 2) from None
 
@@ -3292,8 +3269,8 @@ def parse_size(text: str) -> int:
 
 def check_options(options: Options) -> Options:
     """Return the options with what follows from the environment; StartError if one is not allowed."""
-    for name, value, about in zip(Options._fields, options, OPTIONS):
-        allowed, is_word = about.allowed, isinstance(value, str)
+    for name, value, (_, _, allowed, _) in zip(Options._fields, options, OPTIONS):
+        is_word = isinstance(value, str)
         if allowed and not (value in allowed if is_word else allowed[0] <= value <= allowed[1]):
             wanted = "one of " + ", ".join(allowed) if is_word else "from %g to %g" % allowed
             raise StartError("--%s is %s: it must be %s" % (name.replace("_", "-"), value, wanted), 2)
