@@ -2271,10 +2271,10 @@ class Reload:
             start_again(WEBSERVER_CHECK=str(os.getpid()))
 
     def cancel(self) -> None:
-        """Replace nothing, and end the try that is under way."""
+        """End the try that is under way; of its end nobody wants to hear."""
         if self.checker:
             send_signal(self.checker, signal.SIGKILL)
-        self.checker, self.is_wanted_again, self.is_due = 0, False, False
+        self.checker = 0
 
     def end_check(self, pid: int, status: int) -> None:
         """Hear what became of the check, if it was its process that was reaped."""
@@ -2631,8 +2631,10 @@ class Trust:
 
     def covers_peer(self, address: str) -> bool:
         """Return whether a peer with this address, "" at a unix socket, is believed."""
-        if "*" in self.names or not address:
-            return not self.names.isdisjoint(("*", "unix"))
+        if "*" in self.names:
+            return True
+        if not address:
+            return "unix" in self.names
         return self.covers(address.partition("%")[0])  # without the zone of a peer on the same link
 
     def covers(self, address: str) -> bool:
@@ -2785,7 +2787,8 @@ def open_standard_files() -> None:
 def become_child() -> None:
     """In a new child: take back what is only the parent's."""
     atexit._clear()  # exit handlers run in the process that has registered them; there is no public way
-    if weakref := sys.modules.get("weakref"):  # nor is there one for the registry of weakref.finalize
+    weakref = sys.modules.get("weakref")
+    if weakref and weakref.finalize._registered_with_atexit:  # it does so once, for all that come
         for finalizer in list(weakref.finalize._registry):
             finalizer.atexit = False
         atexit.register(weakref.finalize._exitfunc)
@@ -3275,10 +3278,8 @@ def check_options(options: Options) -> Options:
             wanted = "one of " + ", ".join(allowed) if is_word else "from %g to %g" % allowed
             raise StartError("--%s is %s: it must be %s" % (name.replace("_", "-"), value, wanted), 2)
     for target in options.warm_up:
-        with suppress(HTTPError):
-            parse_request_line(b"GET %s HTTP/1.1" % target.encode("utf-8", "replace"))
-            continue
-        raise StartError("--warm-up is %r: it must be a path, such as /login, or a URL" % target, 2)
+        if not re.fullmatch(r'(https?:/)?/[!"$-~]*', target):  # visible US-ASCII, and no fragment
+            raise StartError("--warm-up is %r: it must be a path, such as /login, or a URL" % target, 2)
     port = os.environ.get("PORT", "")
     if port and not (port.isascii() and port.isdigit() and int(port) <= 65535):
         raise StartError("PORT is %r in the environment: it must be a number up to 65535" % port, 2)
