@@ -2945,7 +2945,8 @@ def warm_up(application: Application, options: Options, target: str) -> None:
         signal.signal(signal.SIGALRM, handler)
     took = time.monotonic() - began
     if sock.has_failed or sock.status >= 500:
-        raise StartError("GET %s has failed while warming up (%d): see the log above" % (target, sock.status))
+        reason = "its status is %d, and a traceback, if there is one, stands above" % sock.status
+        raise StartError("GET %s has failed while warming up: %s" % (target, reason))
     while left := sorted(find_opened() - before):
         if time.monotonic() > began + took + TICK:
             kind, _, name = left[0]
@@ -3320,7 +3321,7 @@ def start(load: Callable[[], Application], options: Options) -> None:
     sock = socket.socket(fileno=kept[1]) if kept else open_listener(options.bind, options.socket_mode)
     listener = Listener(sock, options.bind)
     mailbox = Channel(*(socket.socket(fileno=fd) for fd in kept[2:4])) if kept else make_channel()
-    signals, held = Signals(mailbox.sender), ExitStack()  # what a process gives up that the application forks
+    signals, held = Signals(mailbox.sender), ExitStack()  # what a process that the application forks must give up
     signals.detach = held.close
     for sock in (listener.sock, mailbox.receiver, mailbox.sender):
         held.callback(sock.close)
