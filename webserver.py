@@ -2593,11 +2593,13 @@ class Transport:
         """Return the application as it is seen from behind the proxies, at the path where it is mounted."""
 
         def wrapped(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-            """Call the application with what the proxy tells of its client, and with its own part of the path."""
+            """Call the application with what the proxy tells of its client, and the path below SCRIPT_NAME."""
             if self.trust:
                 believe_proxy(environ, self.trust)
             if self.path:
-                mount(environ, self.path)
+                require((environ["PATH_INFO"] + "/").startswith(self.path + "/"), 404, "nothing is here")
+                environ["SCRIPT_NAME"] += self.path
+                environ["PATH_INFO"] = environ["PATH_INFO"][len(self.path) :]
             return application(environ, start_response)
 
         return wrapped if self.trust or self.path else application
@@ -2700,13 +2702,6 @@ def find_authority(environ: Environ, host: str | None, port: str | None) -> tupl
     return name if port == default else "%s:%s" % (name, port), port
 
 
-def mount(environ: Environ, path: str) -> None:
-    """Move the path where the application is mounted, which the request carries, to SCRIPT_NAME."""
-    require((environ["PATH_INFO"] + "/").startswith(path + "/"), 404, "nothing is here")
-    environ["SCRIPT_NAME"] += path
-    environ["PATH_INFO"] = environ["PATH_INFO"][len(path) :]
-
-
 def read_proxy_header(stream: Stream, deadline: float) -> str:
     """Read the PROXY header of a connection; return what is noted of it."""
     while not (stream.has_more() and (found := parse_proxy_header(stream.buffer[stream.start :]))):
@@ -2752,12 +2747,10 @@ def parse_binary_proxy_header(data: bytes) -> tuple[int, str] | None:
 
 def note_client(address: str | bytes, port: int) -> str:
     """Return what is noted of the client that a PROXY header tells: address and port."""
-    try:
-        noted = "%s %d" % (parse_ip(address), port)
-    except ValueError:
-        noted = ""
-    require(noted and port < 65536, 400, "a PROXY header with an invalid address")
-    return noted
+    with suppress(ValueError):
+        if port < 65536:
+            return "%s %d" % (parse_ip(address), port)
+    raise HTTPError(400, "a PROXY header with an invalid address")
 
 
 # ---- 18. Surroundings -------------------------------------------------------
