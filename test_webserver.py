@@ -3392,6 +3392,18 @@ def test_an_application_can_terminate_processes_also_while_it_is_reloaded(tmp_pa
         wait_until(lambda: server.answers("new"), "the new code")
 
 
+def test_a_process_that_is_forked_at_import_does_not_hold_the_port(tmp_path: Any) -> None:
+    code = "import os, time\npid = os.fork()\nif pid == 0:\n    time.sleep(60)\n    os._exit(0)\n"
+    app = code + textwrap.dedent(ANSWERS % "%d").replace('b"%d"', 'b"%d" % pid')
+    with Running(tmp_path, app=app) as server:
+        pid = int(server.get().body)
+        try:
+            assert server.stop() == 0 and is_alive(pid)
+            socket.create_server(("127.0.0.1", server.port)).close()
+        finally:
+            os.kill(pid, signal.SIGKILL)
+
+
 def test_the_old_code_goes_on_and_stops_while_the_new_hangs(tmp_path: Any) -> None:
     with Running(tmp_path, app=ANSWERS % "old") as server:
         write_file(tmp_path / "app.py", "import os, time\n" + HOLDING + "time.sleep(60)\n")

@@ -45,7 +45,7 @@ import sys
 import time
 import types
 from collections import Counter, deque
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import lru_cache, partial
 from _thread import get_ident
 from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, NoReturn, Sequence
@@ -67,70 +67,45 @@ Application = Callable[[Environ, StartResponse], Iterable[bytes]]
 # What can be set, and every other limit with its reason and the status that answers an excess. In bytes and seconds.
 
 
+# Of each field of Options, in their order, what only the command line and the check of the options have to know: the
+# metavar, the help, what is allowed (from the least to the greatest number, or the words; None: anything), a short form
+OPTIONS: list[tuple[str, str, Any, str]] = []
+
+
+def option(default: Any, metavar: str, help: str, allowed: Any = None, short: str = "") -> Any:
+    """Note these facts of the next field of Options, and return its default."""
+    OPTIONS.append((metavar, help, allowed, short))
+    return default
+
+
 class Options(NamedTuple):
     """What can be set: on the command line, or in a call of `serve` by these names."""
 
-    bind: str = ""  # "" is all addresses at $PORT, else 127.0.0.1:8000
-    max_children: int = 256
-    max_connections: int = 10000
-    timeout: float = 30.0
-    keep_alive: float = 75.0
-    graceful_timeout: float = 30.0
-    drain_delay: float = 0.0
-    connections_per_child: int = 1
-    limit_request_body: int = 1 << 30
-    limit_memory: int = 0
-    buffer_chunked: int = 1 << 20
-    warm_up: Sequence[str] = ()
-    certfile: str = ""
-    keyfile: str = ""
-    ca_certs: str = ""
-    forwarded_allow_ips: str = ""
-    proxy_protocol: bool = False
-    script_name: str = ""
-    socket_mode: str = ""
-    user: str = ""
-    access_log: str = "combined"
-    reload: bool = False
-    check: bool = False
-    no_fork: bool = False
+    bind: str = option("", "ADDRESS", "HOST:PORT, [::1]:PORT, :PORT, unix:PATH, fd:N (127.0.0.1:8000)", short="-b")
+    max_children: int = option(256, "N", "processes at work at one time", (1, 65536), "-c")
+    max_connections: int = option(10000, "N", "connections that wait, at rest or for a process", (1, 1e6))
+    timeout: float = option(30.0, "S", "seconds that a request may take without progress", (0.1, 1e6), "-t")
+    keep_alive: float = option(75.0, "S", "seconds to wait for the next request on a connection, 0 for none", (0, 1e6))
+    graceful_timeout: float = option(30.0, "S", "seconds for requests in hand at a stop or a reload", (0, 1e6))
+    drain_delay: float = option(0.0, "S", "seconds to go on accepting once the server is to stop", (0, 1e6))
+    connections_per_child: int = option(1, "N", "connections that a process serves one by one, 0 without end", (0, 1e9))
+    limit_request_body: int = option(1 << 30, "BYTES", "the largest body of a request, as 512K or 1G (1G)", (0, 1e18))
+    limit_memory: int = option(0, "BYTES", "what a process may allocate beyond what it inherits, 0 for any", (0, 1e18))
+    buffer_chunked: int = option(1 << 20, "BYTES", "up to this size a chunked body gets CONTENT_LENGTH (1M)", (0, 1e18))
+    warm_up: Sequence[str] = option((), "PATH", "GET this path, or URL, before the first fork; may be given again")
+    certfile: str = option("", "FILE", "serve TLS with the certificate in this file, which may hold the key, too")
+    keyfile: str = option("", "FILE", "the key of the certificate")
+    ca_certs: str = option("", "FILE", "demand a client certificate from one of the authorities in this file")
+    forwarded_allow_ips: str = option("", "LIST", "addresses, networks, unix, *: X-Forwarded-* from these is believed")
+    proxy_protocol: bool = option(False, "", "these peers begin a connection with a PROXY header")
+    script_name: str = option("", "PATH", "mount the application under this path, which the requests carry")
+    socket_mode: str = option("", "MODE", "the mode of the file of a unix socket, such as 660")
+    user: str = option("", "NAME[:GROUP]", "run as this user once the address is bound")
+    access_log: str = option("combined", "FORMAT", "combined, json or off, on stdout", ("combined", "json", "off"))
+    reload: bool = option(False, "", "reload when a source file changes")
+    check: bool = option(False, "", "check the options, load and warm up the application, and exit")
+    no_fork: bool = option(False, "", "serve in one process, one request at a time, for a debugger")
 
-
-class Option(NamedTuple):
-    """What the command line has to know of a field of Options, besides its type and its default."""
-
-    metavar: str
-    allowed: Any  # from the least to the greatest number, or the words; None: anything
-    help: str
-    short: str = ""
-
-
-OPTIONS: dict[str, Option] = {
-    "bind": Option("ADDRESS", None, "HOST:PORT, [::1]:PORT, :PORT, unix:PATH, fd:N (127.0.0.1:8000)", "-b"),
-    "max_children": Option("N", (1, 65536), "processes at work at one time", "-c"),
-    "max_connections": Option("N", (1, 1e6), "connections that wait, at rest or for a process"),
-    "timeout": Option("S", (0.1, 1e6), "seconds that a request may take without progress", "-t"),
-    "keep_alive": Option("S", (0, 1e6), "seconds to wait for the next request on a connection, 0 for none"),
-    "graceful_timeout": Option("S", (0, 1e6), "seconds for the requests in hand when the server stops or reloads"),
-    "drain_delay": Option("S", (0, 1e6), "seconds to go on accepting once the server is to stop (0)"),
-    "connections_per_child": Option("N", (0, 1e9), "connections that a process serves, one by one, 0 without end"),
-    "limit_request_body": Option("BYTES", (0, 1e18), "the largest body of a request, as 512K, 100M or 1G (1G)"),
-    "limit_memory": Option("BYTES", (0, 1e18), "what a process may allocate beyond what it inherits, 0 for any (0)"),
-    "buffer_chunked": Option("BYTES", (0, 1e18), "a chunked body up to this size gets a CONTENT_LENGTH (1M)"),
-    "warm_up": Option("PATH", None, "GET this path, or URL, before the first fork; may be given several times"),
-    "certfile": Option("FILE", None, "serve TLS with the certificate in this file, which may hold the key, too"),
-    "keyfile": Option("FILE", None, "the key of the certificate"),
-    "ca_certs": Option("FILE", None, "demand a client certificate from one of the authorities in this file"),
-    "forwarded_allow_ips": Option("LIST", None, "addresses, networks, unix, *: X-Forwarded-* from these is believed"),
-    "proxy_protocol": Option("", None, "these peers begin a connection with a PROXY header"),
-    "script_name": Option("PATH", None, "mount the application under this path, which the requests carry"),
-    "socket_mode": Option("MODE", None, "the mode of the file of a unix socket, such as 660"),
-    "user": Option("NAME[:GROUP]", None, "run as this user once the address is bound"),
-    "access_log": Option("FORMAT", ("combined", "json", "off"), "combined, json or off, on stdout"),
-    "reload": Option("", None, "reload when a source file changes"),
-    "check": Option("", None, "check the options, load and warm up the application, and exit"),
-    "no_fork": Option("", None, "serve in one process, one request at a time, for a debugger"),
-}
 
 MAX_REQUEST_LINE = 8190  # 414; as Apache's LimitRequestLine. RFC 9112 §3 asks for 8000 at least
 MAX_FIELD_LINE = 8190  # 431; as Apache's LimitRequestFieldSize
@@ -2296,10 +2271,10 @@ class Reload:
             start_again(WEBSERVER_CHECK=str(os.getpid()))
 
     def cancel(self) -> None:
-        """Replace nothing, and end the try that is under way."""
+        """End the try that is under way; of its end nobody wants to hear."""
         if self.checker:
             send_signal(self.checker, signal.SIGKILL)
-        self.checker, self.is_wanted_again, self.is_due = 0, False, False
+        self.checker = 0
 
     def end_check(self, pid: int, status: int) -> None:
         """Hear what became of the check, if it was its process that was reaped."""
@@ -2372,22 +2347,21 @@ def find_kept() -> list[int]:
 
 def end_loading(pending: list[int], is_reload: bool, signum: int) -> None:
     """Handle a signal while the application is loaded: nobody loops, so that one to stop is obeyed at once."""
-    if signum == signal.SIGALRM and is_reload:
-        log_error("the new code has not loaded in %d seconds" % CHECK_TIMEOUT)
-        os._exit(1)
     if signum == signal.SIGALRM:
         log_error("the application is still loading: does its module run a server, as by app.run()? Then it never ends")
-        return
-    if signum in (signal.SIGTERM, signal.SIGINT):
+        if is_reload:
+            os._exit(1)
+    elif signum in (signal.SIGTERM, signal.SIGINT):
         os._exit(0)
-    pending.append(signum)
+    else:
+        pending.append(signum)
 
 
 def start_again(**environ: str) -> NoReturn:
     """Replace this process by the program as it was started, with these variables in its environment (execve(2))."""
     try:
         os.chdir(STARTED_IN)
-        lower_descriptor_limit()
+        set_limit("RLIMIT_NOFILE")
         os.execve(sys.executable, STARTED_AS, {**STARTED_WITH, **environ})
     except OSError as error:
         log_error("cannot start %s again: %s" % (sys.executable, error.strerror))
@@ -2467,8 +2441,8 @@ def accept_tls(context: Any, stream: Stream, deadline: float) -> TLSSocket:
     try:
         while True:
             with suppress(BlockingIOError):
-                if session.shake_hands():
-                    return session
+                session.shake_hands()
+                return session
             if stream.slot.mark_silent() >= (began + TICK if stream.slot.is_pressed() else deadline):
                 raise ClientGoneError(0)
     except OSError as error:
@@ -2493,24 +2467,27 @@ class TLSSocket:
         """All else is that of the socket."""
         return getattr(self.sock, name)
 
-    def shake_hands(self) -> bool:
-        """Go a step on in the handshake; return whether it is over. BlockingIOError if nothing comes for a second."""
-        try:
-            self.session.do_handshake()
-        except self.want_read:
-            self.push()
-            self.fill()
-            return False
-        except OSError:
-            with suppress(OSError):
-                self.push(DONT_WAIT)  # the alert that says why
-            raise
-        self.push()
-        return True
+    def shake_hands(self) -> None:
+        """Go on with the handshake to its end; BlockingIOError if that does not come within a second."""
+        self.attempt(self.session.do_handshake)
 
-    def fill(self, flags: int = 0) -> None:
+    def attempt(self, step: Callable[[], Any]) -> Any:
+        """Return what a step of the session returns, once it has the records that it wants."""
+        until = time.monotonic() + TICK  # also for a client that sends one record byte by byte
+        while True:
+            try:
+                return step()
+            except self.want_read:  # a part of a record
+                if time.monotonic() >= until:
+                    raise BlockingIOError from None
+            finally:
+                with suppress(OSError):  # a message of the handshake, an alert, or the answer to an update of the keys
+                    self.push(DONT_WAIT)
+            self.fill()
+
+    def fill(self) -> None:
         """Receive records; an end that was not told by close_notify is a cut."""
-        if not (records := self.sock.recv(RECEIVE_SIZE, flags)):
+        if not (records := self.sock.recv(RECEIVE_SIZE)):
             raise ConnectionResetError("the client has closed without close_notify")
         self.incoming.write(records)
 
@@ -2527,19 +2504,9 @@ class TLSSocket:
         """Receive data, as recv(2) does; b"" after close_notify."""
         if self.is_ended:
             return self.sock.recv(size, flags)  # to be dropped
-        until = time.monotonic() + TICK  # also for a client that sends one record byte by byte
-        while True:
-            if self.incoming.pending or self.session.pending():
-                try:
-                    return bytes(self.session.read(size))
-                except self.want_read:  # a part of a record
-                    if time.monotonic() >= until:
-                        raise BlockingIOError from None
-                finally:
-                    if self.outgoing.pending:  # an alert, or the answer to an update of the keys
-                        with suppress(OSError):
-                            self.push(DONT_WAIT)
-            self.fill(flags)
+        if not (self.incoming.pending or self.session.pending()):
+            self.fill()
+        return bytes(self.attempt(partial(self.session.read, size)))
 
     def send(self, data: Any, flags: int = 0) -> int:
         """Send all the data, or BlockingIOError: then the next call must begin with the same data."""
@@ -2600,7 +2567,8 @@ HOP = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?|([0-9.]+)(?::[0-9]{1,5})
 MOUNT = re.compile(r"(?:/[^/?#%\x00-\x20\x7f-\U0010ffff]+)*/?")
 # PROXY SP ( UNKNOWN / ( TCP4 / TCP6 ) SP source SP destination SP port SP port ) CRLF
 PROXY_LINE = re.compile(
-    rb"PROXY (?:UNKNOWN[^\r\n]*|TCP([46]) ([0-9A-Fa-f:.]+) [0-9A-Fa-f:.]+ ([0-9]{1,5}) [0-9]{1,5})\r\n"
+    rb"PROXY (?:UNKNOWN[^\r\n]*|TCP(?:4 ([0-9.]+)|6 ([0-9A-Fa-f:]*:[0-9A-Fa-f:.]+))"
+    rb" [0-9A-Fa-f:.]+ ([0-9]{1,5}) [0-9]{1,5})\r\n"
 )
 PROXY_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"  # what a header of version 2 begins with
 MAX_PROXY_LINE = 107  # bytes of a header of version 1, its CRLF included
@@ -2623,19 +2591,28 @@ class Transport:
 
     def wrap(self, application: Application) -> Application:
         """Return the application as it is seen from behind the proxies, at the path where it is mounted."""
-        mounted = mount(self.path, application) if self.path else application
-        return believe_proxies(self.trust, mounted) if self.trust else mounted
+
+        def wrapped(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+            """Call the application with what the proxy tells of its client, and the path below SCRIPT_NAME."""
+            if self.trust:
+                believe_proxy(environ, self.trust)
+            if self.path:
+                require((environ["PATH_INFO"] + "/").startswith(self.path + "/"), 404, "nothing is here")
+                environ["SCRIPT_NAME"] += self.path
+                environ["PATH_INFO"] = environ["PATH_INFO"][len(self.path) :]
+            return application(environ, start_response)
+
+        return wrapped if self.trust or self.path else application
 
     def open(self, stream: Stream, shared: Environ, deadline: float | None) -> None:
         """Receive what precedes HTTP, by the deadline, and note in the environ what it tells."""
         stream.preface, slot = None, stream.slot
         until = deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout)
-        if self.trust and self.is_proxied:
-            if not slot.memo and self.trust.covers_peer(shared["REMOTE_ADDR"]):
-                slot.memo = read_proxy_header(stream, until).encode()
-            if slot.memo not in (b"", b"-"):
-                shared["REMOTE_ADDR"], shared["REMOTE_PORT"] = slot.memo.decode().split()
-                slot.client = slot.memo.split()[0]
+        if self.is_proxied and self.trust and not slot.memo and self.trust.covers_peer(shared["REMOTE_ADDR"]):
+            slot.memo = read_proxy_header(stream, until).encode()
+        if slot.memo not in (b"", b"-"):
+            shared["REMOTE_ADDR"], shared["REMOTE_PORT"] = slot.memo.decode().split()
+            slot.client = slot.memo.split()[0]
         if self.context:
             stream.sock = accept_tls(self.context, stream, until)
             shared.update(stream.sock.make_environ())
@@ -2648,31 +2625,23 @@ class Trust:
     def __init__(self, words: str) -> None:
         import ipaddress
 
-        self.names, self.networks = set(), []
-        for word in filter(None, re.split("[, ]+", words)):
-            if word in ("unix", "*"):
-                self.names.add(word)
-                continue
-            try:
-                self.networks.append(ipaddress.ip_network(word, strict=False))
-            except ValueError:
-                raise StartError("--forwarded-allow-ips: not an address or a network: %r" % word, 2) from None
-
-        @lru_cache(maxsize=256)
-        def parse(address: str) -> Any:
-            """Return the address; of one that IPv6 has mapped, the IPv4 address; ValueError."""
-            parsed = ipaddress.ip_address(address.partition("%")[0])  # without the zone of a peer on the same link
-            return getattr(parsed, "ipv4_mapped", None) or parsed
-
-        self.parse = parse
+        self.names = set(filter(None, re.split("[, ]+", words)))
+        try:
+            self.networks = [ipaddress.ip_network(name, strict=False) for name in self.names - {"unix", "*"}]
+        except ValueError as error:
+            raise StartError("--forwarded-allow-ips: %s" % error, 2) from None
 
     def covers_peer(self, address: str) -> bool:
         """Return whether a peer with this address, "" at a unix socket, is believed."""
-        return "*" in self.names or ("unix" in self.names if not address else self.covers(address))
+        if "*" in self.names:
+            return True
+        if not address:
+            return "unix" in self.names
+        return self.covers(address.partition("%")[0])  # without the zone of a peer on the same link
 
     def covers(self, address: str) -> bool:
         """Return whether the address is in the list; ValueError if it is none."""
-        parsed = self.parse(address)
+        parsed = parse_ip(address)
         return any(parsed in network for network in self.networks)
 
     def find_client(self, hops: str) -> str:
@@ -2681,7 +2650,7 @@ class Trust:
         for hop in reversed(hops.split(",")):  # what stands left of the client may be anybody's invention
             match = HOP.fullmatch(hop.strip(" \t"))
             try:
-                client = str(self.parse((match[1] or match[2] or match[3]) if match else ""))
+                client = str(parse_ip(match[match.lastindex or 0] if match else ""))
                 if not self.covers(client):
                     break
             except ValueError:
@@ -2689,23 +2658,20 @@ class Trust:
         return client
 
 
-def believe_proxies(trust: Trust, application: Application) -> Application:
-    """Return an application to which the client of a proxy is the client."""
+@lru_cache(maxsize=256)
+def parse_ip(address: Any) -> Any:
+    """Return the IP address in this text or these bytes; of one that IPv6 has mapped, the IPv4 address; ValueError."""
+    import ipaddress
 
-    def forwarded(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-        """Set what a proxy tells of its client, if it is believed, or else drop it."""
-        if trust.covers_peer(environ["REMOTE_ADDR"]):
-            apply_forwarded(environ, trust)
-        else:
-            for name in (*FORWARDED, "HTTP_FORWARDED"):
-                environ.pop(name, None)
-        return application(environ, start_response)
-
-    return forwarded
+    parsed = ipaddress.ip_address(address)
+    return getattr(parsed, "ipv4_mapped", None) or parsed
 
 
-def apply_forwarded(environ: Environ, trust: Trust) -> None:
-    """Set what a proxy tells of its client; HTTPError if it makes no sense."""
+def believe_proxy(environ: Environ, trust: Trust) -> None:
+    """Set what a proxy tells of its client, or drop it if the peer is not to be believed; HTTPError if it is wrong."""
+    if not trust.covers_peer(environ["REMOTE_ADDR"]):
+        for name in (*FORWARDED, "HTTP_FORWARDED"):
+            environ.pop(name, None)
     hops, scheme, host, port, prefix = map(environ.get, FORWARDED)
     if hops is not None:
         environ["REMOTE_ADDR"], environ["REMOTE_PORT"] = trust.find_client(hops), ""
@@ -2736,19 +2702,6 @@ def find_authority(environ: Environ, host: str | None, port: str | None) -> tupl
     return name if port == default else "%s:%s" % (name, port), port
 
 
-def mount(path: str, application: Application) -> Application:
-    """Return an application that has another one under this path."""
-
-    def mounted(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-        """Move the path that the request carries to SCRIPT_NAME."""
-        require((environ["PATH_INFO"] + "/").startswith(path + "/"), 404, "nothing is here")
-        environ["SCRIPT_NAME"] += path
-        environ["PATH_INFO"] = environ["PATH_INFO"][len(path) :]
-        return application(environ, start_response)
-
-    return mounted
-
-
 def read_proxy_header(stream: Stream, deadline: float) -> str:
     """Read the PROXY header of a connection; return what is noted of it."""
     while not (stream.has_more() and (found := parse_proxy_header(stream.buffer[stream.start :]))):
@@ -2773,15 +2726,7 @@ def parse_proxy_header(data: bytes) -> tuple[int, str] | None:
         return None
     if not (match := PROXY_LINE.fullmatch(data[:end])):
         raise HTTPError(400, "a malformed PROXY header")
-    if match[1] is None:  # UNKNOWN
-        return end, "-"
-    family, address = socket.AF_INET if match[1] == b"4" else socket.AF_INET6, match[2].decode()
-    try:
-        is_valid = bool(socket.inet_pton(family, address)) and int(match[3]) < 65536
-    except OSError:
-        is_valid = False
-    require(is_valid, 400, "a PROXY header with an invalid address")
-    return end, "%s %d" % (strip_mapping(address), int(match[3]))
+    return end, note_client((match[1] or match[2]).decode(), int(match[3])) if match[3] else "-"  # UNKNOWN
 
 
 def parse_binary_proxy_header(data: bytes) -> tuple[int, str] | None:
@@ -2793,21 +2738,26 @@ def parse_binary_proxy_header(data: bytes) -> tuple[int, str] | None:
     require(command in (0x20, 0x21), 400, "a PROXY header of an unknown version")
     if len(data) < 16 + size:
         return None
-    family, length = {0x11: (socket.AF_INET, 4), 0x21: (socket.AF_INET6, 16)}.get(kind, (socket.AF_UNSPEC, 0))
+    length = {0x11: 4, 0x21: 16}.get(kind, 0)
     if command == 0x20 or not length:  # LOCAL, or an address that is none of TCP
         return 16 + size, "-"
     require(size >= 2 * length + 4, 400, "a PROXY header that is too short")
-    (port,) = struct.unpack_from(">H", data, 16 + 2 * length)
-    return 16 + size, "%s %d" % (strip_mapping(socket.inet_ntop(family, data[16 : 16 + length])), port)
+    return 16 + size, note_client(data[16 : 16 + length], *struct.unpack_from(">H", data, 16 + 2 * length))
+
+
+def note_client(address: str | bytes, port: int) -> str:
+    """Return what is noted of the client that a PROXY header tells: address and port."""
+    with suppress(ValueError):
+        if port < 65536:
+            return "%s %d" % (parse_ip(address), port)
+    raise HTTPError(400, "a PROXY header with an invalid address")
 
 
 # ---- 18. Surroundings -------------------------------------------------------
 # What the server takes from the system and tells it, and what is done once, so that no fork has to do it.
 
-SOFT_LIMIT: list[int] = []  # the limit of descriptors before it was raised
 OTHER_DESCRIPTORS = 64  # besides those of connections
-MEMORY_LIMIT: list[int] = []  # of a child's data, what it inherits included
-FINALIZERS: list[Any] = []  # the registry of weakref.finalize, and what is in it before the first fork
+LIMITS: dict[str, int] = {}  # what a child's soft limits are: of descriptors, as before; of data, with what it inherits
 
 
 class StartError(Exception):
@@ -2830,11 +2780,13 @@ def open_standard_files() -> None:
 def become_child() -> None:
     """In a new child: take back what is only the parent's."""
     atexit._clear()  # exit handlers run in the process that has registered them; there is no public way
-    lower_descriptor_limit()
-    if MEMORY_LIMIT:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT[0], resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    weakref = sys.modules.get("weakref")
+    if weakref and weakref.finalize._registered_with_atexit:  # it does so once, for all that come
+        for finalizer in list(weakref.finalize._registry):
+            finalizer.atexit = False
+        atexit.register(weakref.finalize._exitfunc)
+    for name in LIMITS:
+        set_limit(name)
     try:  # the OOM killer takes the largest, which is the parent: a child counts as half of all memory more (proc(5))
         fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
         os.write(fd, b"500")
@@ -2851,28 +2803,19 @@ def drop_privileges(name: str) -> None:
     user, _, group = name.partition(":")
     try:
         entry = pwd.getpwnam(user)
-        gid = grp.getgrnam(group).gr_gid if group else entry.pw_gid
-        if get_ids() != ({entry.pw_uid}, {gid}):  # else a reload: it is done
+        uid, gid = entry.pw_uid, grp.getgrnam(group).gr_gid if group else entry.pw_gid
+        if (os.getuid(), os.geteuid(), os.getgid(), os.getegid()) != (uid, uid, gid, gid):  # else a reload: it is done
             os.initgroups(user, gid)
             os.setgid(gid)
-            os.setuid(entry.pw_uid)
+            os.setuid(uid)
             with suppress(Exception):  # not Linux; else /proc/self would not belong to the new user (proc(5))
                 import ctypes
 
                 ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE (prctl(2))
-        if get_ids() != ({entry.pw_uid}, {gid}):
-            raise PermissionError(errno.EPERM, "the former user could be regained")
     except KeyError:
         raise StartError("there is no user or group %r" % name) from None
     except OSError as error:
         raise StartError("cannot become %r: %s; only root can" % (name, error.strerror)) from None
-
-
-def get_ids() -> tuple[set[int], set[int]]:
-    """Return all user ids and all group ids of this process: real, effective and saved."""
-    if hasattr(os, "getresuid"):
-        return set(os.getresuid()), set(os.getresgid())
-    return {os.getuid(), os.geteuid()}, {os.getgid(), os.getegid()}
 
 
 def raise_descriptor_limit(connections: int) -> int:
@@ -2883,42 +2826,37 @@ def raise_descriptor_limit(connections: int) -> int:
     wanted = connections + OTHER_DESCRIPTORS
     if 0 <= soft < wanted:
         wanted = min(wanted, hard) if hard >= 0 else wanted
-        SOFT_LIMIT[:] = [soft]
+        LIMITS["RLIMIT_NOFILE"] = soft  # an application may count on what the user has set
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     return max(wanted - OTHER_DESCRIPTORS, 1)
 
 
-def lower_descriptor_limit() -> None:
-    """Set the limit back, if it was raised: an application may count on what the user has set."""
-    if SOFT_LIMIT:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_NOFILE, (SOFT_LIMIT[0], resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-
-
 def limit_memory(allowed: int) -> None:
     """Have every child limited to so many bytes beyond what it inherits (getrlimit(2), RLIMIT_DATA); StartError."""
-    import resource
-
     try:
         with open("/proc/self/status", "rb") as file:
             inherited = int(re.findall(rb"VmData:\s*(\d+) kB", file.read())[0]) * 1024
     except (OSError, IndexError):
         raise StartError("--limit-memory needs /proc/self/status of Linux: leave it out here") from None
-    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    MEMORY_LIMIT[:] = [min(inherited + allowed, hard) if hard >= 0 else inherited + allowed]
+    LIMITS["RLIMIT_DATA"] = inherited + allowed
+
+
+def set_limit(name: str) -> None:
+    """Set a soft limit to what a child has, or to the hard limit if that is lower."""
+    if name in LIMITS:
+        import resource
+
+        kind = getattr(resource, name)
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (min(LIMITS[name], hard) if hard >= 0 else LIMITS[name], hard))
 
 
 def run_exit_handlers() -> None:
     """Run what was registered in this process: by atexit, weakref.finalize (temporary folders) and multiprocessing."""
     try:
-        atexit._run_exitfuncs()  # the other two have registered themselves there once, in the parent
+        atexit._run_exitfuncs()
     except (Exception, SystemExit):
         pass  # it has printed the traceback
-    registry, inherited = FINALIZERS or ((), ())
-    if len(registry) != len(inherited):
-        for finalizer in [own for own in reversed(registry) if own not in inherited and own.atexit]:
-            finalizer()
     multiprocessing = sys.modules.get("multiprocessing.process")
     for process in multiprocessing.active_children() if multiprocessing else ():
         with suppress(AssertionError):  # is_alive says so of a child of the parent
@@ -2968,16 +2906,23 @@ LEFT = {  # by a warm-up: why the server does not start
 }
 
 
-def load_warm(load: Callable[[], Application], transport: Transport, options: Options) -> Application:
-    """Load the application, and warm it up: no process has to load again what requests need. StartError."""
-    application = transport.wrap(load())
-    if options.no_fork:
-        return application  # its process serves to the end
-    for kind, _, name in sorted(find_opened()):
-        log_error("the application " + OPENED[kind] % name)
-    for target in options.warm_up:
-        warm_up(application, options, target)
-    return application
+def load_service(load: Callable[[], Application], options: Options) -> partial[bool]:
+    """Load what serves a connection: certificates, then with no more privileges the application, warm. StartError."""
+    pid, transport = os.getpid(), Transport(options)
+    if options.user and not options.check:
+        drop_privileges(options.user)
+    try:
+        application = transport.wrap(load())
+        if not options.no_fork:  # else its process serves to the end
+            for kind, _, name in sorted(find_opened()):
+                log_error("the application " + OPENED[kind] % name)
+            for target in options.warm_up:
+                warm_up(application, options, target)
+    finally:
+        if pid != os.getpid():
+            exit_child(0)  # a process that the application has forked
+    # Without anything that precedes HTTP, no child has to find that out anew.
+    return partial(serve_connection, application, options, transport=transport if transport.has_preface() else None)
 
 
 def warm_up(application: Application, options: Options, target: str) -> None:
@@ -2985,20 +2930,16 @@ def warm_up(application: Application, options: Options, target: str) -> None:
     before, began = find_opened(), time.monotonic()
     handler = signal.signal(signal.SIGALRM, partial(end_warm_up, began + options.timeout + KILL_AFTER))
     signal.setitimer(signal.ITIMER_REAL, options.timeout, TICK)
-    pid, sock = os.getpid(), WarmUpSocket(REHEARSAL % target.encode())
+    sock: Any = WarmUpSocket(REHEARSAL % target.encode())
     try:
-        serve_warm_up(application, Stream(sock, Slot(Scoreboard(1)), options.timeout))
-    except (Exception, SystemExit, Overdue) as error:
-        log_exception(error)
-        raise StartError("GET %s has failed while warming up: see the traceback above" % target) from None
+        serve_connection(application, options._replace(access_log="off"), sock, ("127.0.0.1", 0), Slot(Scoreboard(1)))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
-        if pid != os.getpid():
-            exit_at_once(0)  # a process that the application has forked
     took = time.monotonic() - began
-    if sock.status >= 500:
-        raise StartError("GET %s was answered %d while warming up: see the log above" % (target, sock.status))
+    if sock.has_failed or sock.status >= 500:
+        reason = "its status is %d, and a traceback, if there is one, stands above" % sock.status
+        raise StartError("GET %s has failed while warming up: %s" % (target, reason))
     while left := sorted(find_opened() - before):
         if time.monotonic() > began + took + TICK:
             kind, _, name = left[0]
@@ -3006,15 +2947,6 @@ def warm_up(application: Application, options: Options, target: str) -> None:
         gc.collect()
         time.sleep(TICK / 20)  # a thread may need a moment to end
     log_error("warmed up: GET %s %d in %d ms" % (target, sock.status, took * 1000))
-
-
-def serve_warm_up(application: Application, stream: Stream) -> None:
-    """Take its request through the parser, the environ, the application and the response; raise what goes wrong."""
-    request, variables = parse_head(read_head(stream, None))
-    stream.slot.mark_busy(request.line)
-    shared = make_connection_environ(stream.sock, ("127.0.0.1", 0), True)
-    environ = {**variables, **shared, "webserver.requests": 1, "wsgi.input": io.BytesIO()}
-    run_application(application, environ, Response(stream, request, True))
 
 
 def end_warm_up(deadline: float, *_: Any) -> None:
@@ -3026,14 +2958,14 @@ def end_warm_up(deadline: float, *_: Any) -> None:
 
 
 class WarmUpSocket:
-    """Owns the request of a warm-up and the status of its answer, and stands in for a socket of any capacity."""
+    """Owns the request of a warm-up and what became of it, and stands in for a socket of any capacity."""
 
     def __init__(self, request: bytes) -> None:
-        self.request, self.status = request, 0
+        self.request, self.status, self.has_failed = request, 0, False
 
     def recv(self, *_: int) -> bytes:
-        """Give the request, and then the end."""
-        request, self.request = self.request, b""
+        """Give the request, and then the end: it is waited for only behind an answer that tells an error."""
+        request, self.request, self.has_failed = self.request, b"", not self.request
         return request
 
     def sendmsg(self, blocks: Sequence[bytes], *_: Any) -> int:
@@ -3045,12 +2977,10 @@ class WarmUpSocket:
         """Take the data."""
         return self.sendmsg((data,))
 
-    def getsockname(self) -> tuple[str, int]:
-        """Name the server's end."""
-        return "127.0.0.1", 80
+    def close(self, *_: Any) -> None:
+        """Close, shut down, set and tell nothing."""
 
-    def setsockopt(self, *_: Any) -> None:
-        """Set nothing."""
+    shutdown = setsockopt = getsockname = close
 
 
 def find_opened() -> set[tuple[str, int, str]]:
@@ -3076,9 +3006,9 @@ def find_opened() -> set[tuple[str, int, str]]:
 
 def describe_peer(peer: Any) -> str:
     """Return an address as a person writes it."""
-    if not isinstance(peer, tuple):
-        return "unix:%s" % (peer if isinstance(peer, str) else peer.decode("latin-1"))
-    return ("[%s]:%s" if ":" in str(peer[0]) else "%s:%s") % peer[:2]
+    if isinstance(peer, tuple):
+        return ("[%s]:%s" if ":" in str(peer[0]) else "%s:%s") % peer[:2]
+    return "unix:%s" % peer
 
 
 def rehearse() -> None:
@@ -3097,8 +3027,6 @@ def prepare_to_fork(options: Options) -> None:
     if options.limit_memory:
         limit_memory(options.limit_memory)
     flush_output()  # else each child would flush a copy
-    if weakref := sys.modules.get("weakref"):  # `_registry` is private, but nothing else tells whose they are
-        FINALIZERS[:] = weakref.finalize._registry, dict(weakref.finalize._registry)
     gc.collect()
     gc.freeze()  # a collection in a child would write to, and so copy, all that it inherited
 
@@ -3106,7 +3034,7 @@ def prepare_to_fork(options: Options) -> None:
 # ---- 20. Application --------------------------------------------------------
 # A name -> a callable; and the application that is served when none is named.
 
-IS_ASYNC = 0x80 | 0x200  # inspect.CO_COROUTINE, CO_ASYNC_GENERATOR
+HAS_VARARGS, IS_ASYNC = 0x04, 0x80 | 0x200  # inspect.CO_VARARGS; CO_COROUTINE, CO_ASYNC_GENERATOR
 PAGE = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>It works</title><style>%s</style>
@@ -3148,9 +3076,9 @@ def load_application(name: str) -> Application:
         module = importlib.import_module(module_name)
         path = path if colon else "application" if hasattr(module, "application") else "app"
         return check_application(find_application(module, path), "%s:%s" % (module_name, path))
+    except StartError:
+        raise
     except (Exception, SystemExit) as error:
-        if isinstance(error, StartError):
-            raise
         if isinstance(error, ModuleNotFoundError) and error.name and (module_name + ".").startswith(error.name + "."):
             raise StartError(describe_missing_module(module_name, colon)) from None
         log_exception(error)
@@ -3160,13 +3088,12 @@ def load_application(name: str) -> Application:
 def describe_missing_module(name: str, colon: str) -> str:
     """Return a sentence that says what may be wrong."""
     package, _, attribute = name.rpartition(".")
+    hint = "looked in %s and the installed ones" % os.getcwd()
     if package and not colon:
-        return "there is no module %r: if %r is the application in %r, write %s:%s" % (
-            name, attribute, package, package, attribute,
-        )  # fmt: skip
-    if not os.access(os.getcwd(), os.R_OK | os.X_OK):
-        return "there is no module %r: this user may not read %s, where it is looked for" % (name, os.getcwd())
-    return "there is no module %r: looked in %s and the installed ones" % (name, os.getcwd())
+        hint = "if %r is the application in %r, write %s:%s" % (attribute, package, package, attribute)
+    elif not os.access(os.getcwd(), os.R_OK | os.X_OK):
+        hint = "this user may not read %s, where it is looked for" % os.getcwd()
+    return "there is no module %r: %s" % (name, hint)
 
 
 def find_application(module: Any, path: str) -> Any:
@@ -3200,32 +3127,27 @@ def check_application(found: Any, name: str) -> Application:
 
 
 def accepts(found: Any, count: int) -> bool:
-    """Return whether a callable takes so many arguments, as far as that can be known."""
-    function = find_function(found)
-    code = None if isinstance(found, type) else getattr(function, "__code__", None)
-    if code and code.co_argcount - hasattr(function, "__self__") == count and not code.co_kwonlyargcount:
-        return True  # the common case goes without an import that every fork would copy
-    import inspect
-
-    try:
-        inspect.signature(found, follow_wrapped=False).bind(*[None] * count)
-    except TypeError:
-        return False
-    except ValueError:
-        pass  # written in C, and says nothing
-    return True
+    """Return whether a callable takes so many arguments, as far as that is known: what is written in C says nothing."""
+    function = find_function(found)  # `inspect` would tell it, too, but every fork would copy that
+    if not (code := getattr(function, "__code__", None)):
+        return True
+    most = code.co_argcount - hasattr(function, "__self__")
+    least = most - len(function.__defaults__ or ())
+    has_all_names = code.co_kwonlyargcount == len(function.__kwdefaults__ or ())
+    return has_all_names and least <= count and bool(count <= most or code.co_flags & HAS_VARARGS)
 
 
 def find_function(found: Any) -> Any:
-    """Return the function that is called when an object is."""
+    """Return the function or method that is called when an object is."""
+    if issubclass(type(found), type):
+        return types.MethodType(found.__init__, found)
     return found if isinstance(found, (types.FunctionType, types.MethodType)) else found.__call__
 
 
 def list_callables(module: Any) -> str:
     """Return the names of the module that could be meant."""
-    found = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-    own = [n for n in found if getattr(vars(module)[n], "__module__", module.__name__) == module.__name__]
-    return "these callables: " + ", ".join((own or found)[:12]) if found else "no callables"
+    found = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+    return "these callables: " + ", ".join(found[:12]) if found else "no callables"
 
 
 def show_environ(environ: Environ, start_response: StartResponse) -> list[bytes]:
@@ -3302,36 +3224,34 @@ def parse_command_line(words: list[str]) -> tuple[str, Options]:
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=80),  # else it imports shutil
     )  # fmt: skip
     parser.add_argument("application", nargs="?", default="", help=argparse.SUPPRESS)
-    for (name, option), default in zip(OPTIONS.items(), Options()):
-        flags = filter(None, (option.short, "--" + name.replace("_", "-")))
+    for name, default, (metavar, text, _, short) in zip(Options._fields, Options(), OPTIONS):
+        how: dict[str, Any] = {"metavar": metavar, "default": default, "type": type(default)}
         if isinstance(default, bool):
-            parser.add_argument(*flags, action="store_true", help=option.help)
+            how = {"action": "store_true"}
         elif isinstance(default, tuple):
-            parser.add_argument(*flags, metavar=option.metavar, action="append", default=[], help=option.help)
-        else:
-            kind: Any = parse_size if option.metavar == "BYTES" else type(default)
-            text = option.help + (" (%(default)s)" if default and kind is not parse_size else "")
-            parser.add_argument(*flags, metavar=option.metavar, type=kind, default=default, help=text)
+            how = {"metavar": metavar, "default": [], "action": "append"}
+        elif metavar == "BYTES":
+            how["type"] = parse_size
+        elif default != "":
+            text += " (%(default)s)"
+        parser.add_argument(*filter(None, (short, "--" + name.replace("_", "-"))), help=text, **how)
     parser.add_argument("--version", action="version", version=PRODUCT)
-    for flag, text in ((flag, text) for flags, text in FOREIGN_OPTIONS for flag in flags.split()):
-        refuse, hide = partial(refuse_option, text), argparse.SUPPRESS
-        parser.add_argument(flag, nargs="?", const="", type=refuse, default=hide, help=hide)
     found, unknown = parser.parse_known_args(words)
-    for word in sorted(unknown, key=lambda word: word[:1] != "-")[:1]:  # an option before what may be its value
-        parser.error("%s is unknown: see --help" % word.partition("=")[0])
+    if unknown:
+        word = min(unknown, key=lambda word: word[:1] != "-")  # an option before what may be its value
+        name, foreign = word.partition("=")[0], {f: text for flags, text in FOREIGN_OPTIONS for f in flags.split()}
+        advice = foreign.get(name) or foreign.get(word[:2])  # as in -w4
+        parser.error("%s: %s" % (name, advice) if advice else "%s is unknown: see --help" % name)
     values = vars(found)
     return values.pop("application"), Options(**values)
 
 
 def read_environment() -> list[str]:
     """Return the words of WEBSERVER_OPTIONS, as a shell would split them; those of the command line come behind."""
-    words = os.environ.get("WEBSERVER_OPTIONS", "")
-    if not words:
-        return []
     import shlex
 
     try:
-        return shlex.split(words)
+        return shlex.split(os.environ.get("WEBSERVER_OPTIONS", ""))
     except ValueError as error:
         raise StartError("WEBSERVER_OPTIONS cannot be split into words: %s" % error, 2) from None
 
@@ -3344,23 +3264,16 @@ def parse_size(text: str) -> int:
     return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2].upper()]
 
 
-def refuse_option(sentence: str, _: str) -> NoReturn:
-    """Say what to do instead of an option that other servers have."""
-    raise argparse.ArgumentTypeError(sentence)
-
-
 def check_options(options: Options) -> Options:
     """Return the options with what follows from the environment; StartError if one is not allowed."""
-    for (name, option), value in zip(OPTIONS.items(), options):
-        allowed, is_word = option.allowed, isinstance(value, str)
+    for name, value, (_, _, allowed, _) in zip(Options._fields, options, OPTIONS):
+        is_word = isinstance(value, str)
         if allowed and not (value in allowed if is_word else allowed[0] <= value <= allowed[1]):
             wanted = "one of " + ", ".join(allowed) if is_word else "from %g to %g" % allowed
             raise StartError("--%s is %s: it must be %s" % (name.replace("_", "-"), value, wanted), 2)
     for target in options.warm_up:
-        with suppress(HTTPError):
-            parse_request_line(b"GET %s HTTP/1.1" % target.encode("utf-8", "replace"))
-            continue
-        raise StartError("--warm-up is %r: it must be a path, such as /login, or a URL" % target, 2)
+        if not re.fullmatch(r'(https?:/)?/[!"$-~]*', target):  # visible US-ASCII, and no fragment
+            raise StartError("--warm-up is %r: it must be a path, such as /login, or a URL" % target, 2)
     port = os.environ.get("PORT", "")
     if port and not (port.isascii() and port.isdigit() and int(port) <= 65535):
         raise StartError("PORT is %r in the environment: it must be a number up to 65535" % port, 2)
@@ -3383,92 +3296,80 @@ def serve(application: Application, **options: Any) -> None:
 
 
 def start(load: Callable[[], Application], options: Options) -> None:
-    """Bind, drop privileges, load, and serve."""
+    """Bind, load, and serve."""
     # Step 1: what needs no socket.
     options = check_options(options)
     open_standard_files()
-    kept = find_kept()
-    transport = try_in_reload(partial(Transport, options), kept)
-    load = partial(load_warm, load, transport, options)
     if options.check or os.environ.get("WEBSERVER_CHECK") == str(os.getpid()):
-        application = load()
+        service = load_service(load, options)
         if options.check:
-            print("the application loads: %r" % (application,))
+            print("the application loads: %r" % service.args[:1])
         exit_at_once(0 if options.check else CHECK_PASSED)
-    options = options._replace(max_connections=raise_descriptor_limit(options.max_connections))
     rehearse()
-    # Step 2: the sockets, opened or kept in a reload, and then no more privileges.
-    options = options._replace(bind=find_inherited_address() or options.bind)
+    # Step 2: the sockets, opened or kept in a reload.
+    kept = find_kept()
+    options = options._replace(
+        bind=find_inherited_address() or options.bind, max_connections=raise_descriptor_limit(options.max_connections)
+    )
     sock = socket.socket(fileno=kept[1]) if kept else open_listener(options.bind, options.socket_mode)
     listener = Listener(sock, options.bind)
     mailbox = Channel(*(socket.socket(fileno=fd) for fd in kept[2:4])) if kept else make_channel()
-    signals = Signals(mailbox.sender)
+    signals, held = Signals(mailbox.sender), ExitStack()  # what a process that the application forks must give up
+    signals.detach = held.close
+    for sock in (listener.sock, mailbox.receiver, mailbox.sender):
+        held.callback(sock.close)
     try:
-        if options.user:
-            drop_privileges(options.user)
-        # Step 3: the application, and the loop. Signals end the process until it is loaded.
-        service = partial(serve_connection, load_guarded(load, signals, kept), options)
-        if transport.has_preface():  # else each child would find that out anew
-            service = partial(service, transport=transport)
-        run(service, options, listener, mailbox, signals, kept)
+        # Step 3: what serves, and the loop. Signals end the process until it is loaded.
+        service = load_guarded(partial(load_service, load, options), signals, kept)
+        run(service, options, listener, mailbox, signals, held, kept)
     finally:
         signals.release()
+        held.close()
         listener.close()
-        for sock in (mailbox.receiver, mailbox.sender):
-            sock.close()
 
 
-def load_guarded(load: Callable[[], Application], signals: Signals, kept: list[int]) -> Any:
-    """Return the application; while it is loaded, a signal to stop ends the process, also as PID 1."""
+def load_guarded(load: Callable[[], partial[bool]], signals: Signals, kept: list[int]) -> partial[bool]:
+    """Return what is loaded; meanwhile a signal to stop ends the process, also as PID 1. StartError.
+
+    What fails in a reload, although it was checked before, is tried again.
+    """
     signals.receiver = partial(end_loading, signals.pending, bool(kept))
-    signals.detach = lambda: None
     signals.catch(*(SIGNALS if kept else (signal.SIGTERM, signal.SIGALRM)))
     signal.alarm(int(CHECK_TIMEOUT) if kept else LOADING_IS_SLOW)
     try:
-        return try_in_reload(load, kept)
-    finally:
-        signal.alarm(0)
-
-
-def try_in_reload(make: Callable[[], Any], kept: list[int]) -> Any:
-    """Return what is made; if that fails in a reload, which was checked before, start again. StartError."""
-    try:
-        return make()
+        return load()
     except StartError as reason:
         if not kept:
             raise
         log_error("the reload fails and is tried again: %s" % reason)
         time.sleep(TICK)
         replace_program(kept)
+    finally:
+        signal.alarm(0)
 
 
 def run(
-    service: Service, options: Options, listener: Listener, mailbox: Channel, signals: Signals, kept: list[int]
-) -> None:
+    service: Service, options: Options, listener: Listener, mailbox: Channel, signals: Signals, held: ExitStack,
+    kept: list[int],
+) -> None:  # fmt: skip
     """Serve with children, or without, until the server was stopped."""
     signals.receiver = signals.pending.append
     left = (signal.SIGINT, signal.SIGHUP) if options.no_fork else ()  # to the debugger, and to end with the terminal
     signals.catch(*(signum for signum in SIGNALS if signum not in left))
     size = 8 + options.max_children * SLOT_SIZE
     board = Scoreboard(1) if options.no_fork else Scoreboard(0, kept[0] if kept else make_shared_file(size))
-    reactor = Reactor(listener, mailbox, options)
+    reactor, child = Reactor(listener, mailbox, options), Child(service, listener.family, mailbox, board, options)
+    for give_up in (child.detach, reactor.close_copies, child.queue.sender.close, reactor.selector.close):
+        held.callback(give_up)
+    if board.fd >= 0:
+        held.callback(os.close, board.fd)
     if kept:  # what was at rest before the reload
         with socket.socket(fileno=kept[4]) as receiver, socket.socket(fileno=kept[5]) as sender:
-            channel = Channel(receiver, sender)
+            rest = Channel(receiver, sender)
             with suppress(BlockingIOError):
                 while True:
-                    reactor.hold(*channel.receive(DONT_WAIT, SPACE, MEMOS))
-    child = Child(service, listener.family, mailbox, board, options)
+                    reactor.hold(*rest.receive(DONT_WAIT, SPACE, MEMOS))
     prepare_to_fork(options)
-
-    def detach() -> None:
-        """Give up what is the server's."""
-        child.detach()
-        reactor.close_copies()
-        for file in (child.queue.sender, mailbox.receiver, reactor.selector):
-            file.close()
-
-    signals.detach = detach
     alone = partial(serve_alone, child, reactor, signals)
     loop: Any = alone if options.no_fork else Parent(child, reactor, signals, options).run
     if os.geteuid() == 0:
@@ -3478,10 +3379,6 @@ def run(
     notify("READY=1")
     loop()
     log_error("stopped")
-    signals.release()
-    detach()
-    if board.fd >= 0:
-        os.close(board.fd)
 
 
 def exit_at_once(status: int) -> NoReturn:
