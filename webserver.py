@@ -276,12 +276,12 @@ class Stream:
                 received = self.sock.recv(RECEIVE_SIZE)
                 break
             except BlockingIOError:
-                if self.slot.is_pressed() or time.monotonic() >= (deadline or began + self.timeout):
+                if self.slot.is_told(PRESSED) or time.monotonic() >= (deadline or began + self.timeout):
                     raise ClientSilentError from None
             except OSError as error:
                 raise ClientGoneError(0) from error
         self.pace = self.pace or Pace()
-        self.pace.add(self.slot.mark_progress() - began, len(received), self.slot.is_pressed())
+        self.pace.add(self.slot.mark_progress() - began, len(received), self.slot.is_told(PRESSED))
         self.buffer, self.start = self.buffer[self.start :] + received, 0
         return bool(received)
 
@@ -335,7 +335,7 @@ class Stream:
                 deadline = now + self.timeout
             elif now >= deadline:
                 raise ClientSilentError
-            pace.add(now - began, taken, self.slot.is_pressed())
+            pace.add(now - began, taken, self.slot.is_told(PRESSED))
 
     def linger(self) -> None:
         """End our side, then drop what still comes: to close with bytes unread resets the answer (RFC 9112 §9.6)."""
@@ -882,10 +882,10 @@ class Response:
             self.is_closing |= self.body.awaits_continue  # the body may come or not
             self.body.awaits_continue = False
         slot = self.stream.slot
-        if slot.orders[0]:  # under pressure, a client that has sent more requests already must queue for them
-            self.is_closing |= slot.is_stopping() or (slot.is_pressed() and not self.body and self.stream.has_more())
+        if slot.is_told(STOPPING | PRESSED):  # a client that has sent more requests already must queue for them
+            self.is_closing |= slot.is_told(STOPPING) or (not self.body and self.stream.has_more())
         if self.stream.rest_timeout:  # nobody else could go on with this connection
-            self.is_closing |= slot.is_pressed() or slot.must_leave()
+            self.is_closing |= slot.is_told(PRESSED) or slot.must_leave()
         framing = make_framing(self.head, self.request.method, self.request.version, size, self.is_closing)
         self.framing, self.is_closing, self.drops_blocks = framing, framing.is_closing, not framing.has_body
         if framing.is_ended_by_close:
@@ -1066,7 +1066,7 @@ def recover(response: Response, error: BaseException) -> str:
         elif response.framing and response.framing.is_ended_by_close and not response.is_complete:
             response.stream.sock.close()  # by a reset: a plain end would mean that the body is complete
     if isinstance(error, MemoryError):
-        response.stream.slot.mark_leaving()
+        response.stream.slot.retire()  # what this process holds would not become less
     if not isinstance(error, (HTTPError, ClientGoneError)):  # last: to format it may take long, or fail
         response.stream.slot.mark_progress()
         log_exception(error, response.request.line)
@@ -1380,12 +1380,10 @@ class Slot:
         "write",
     )  # fmt: skip
 
-    def __init__(self, board: Scoreboard, is_one_of_many: bool = True) -> None:
+    def __init__(self, board: Scoreboard) -> None:
         self.client, self.requests, self.look_at = b"", 0, 0.0
         self.memo = b""  # what a PROXY header has told of the connection in hand
         self.attach(board, 0, os.getpid())
-        if not is_one_of_many:  # processes: this one never waits for a client, or all others would wait, too
-            self.leave_by[0] = UNBOUNDED
 
     def attach(self, board: Scoreboard, index: int, pid: int) -> None:
         """Have this place from now on, for the process with this pid."""
@@ -1410,56 +1408,47 @@ class Slot:
         """A request is in hand; return the time."""
         self.requests += 1
         self.write(self.requests, self.client, line)
-        now = self.since[self.index] = time.monotonic()
-        return now
+        return self.mark_progress()
 
     def mark_progress(self) -> float:
         """The request in hand has made progress; return the time."""
         now = self.since[self.index] = time.monotonic()
         return now
 
-    def is_stopping(self) -> bool:
-        """Return whether the server stops: connections end with their next response."""
-        return bool(self.orders[0] & STOPPING)
+    def retire(self, deadline: float = UNBOUNDED) -> None:
+        """Have this process leave after its connection, by this time at the latest."""
+        self.leave_by[self.index] = min(self.leave_by[self.index] or deadline, deadline)
 
-    def is_pressed(self) -> bool:
-        """Return whether requests wait and no child is to be had."""
-        return bool(self.orders[0] & PRESSED)
-
-    def mark_leaving(self) -> None:
-        """This process leaves after its connection: what it holds would not become less."""
-        self.leave_by[self.index] = self.leave_by[self.index] or UNBOUNDED
-
-    def must_leave(self) -> bool:
-        """Return whether this process was told to leave."""
-        return self.leave_by[self.index] != 0
-
-    def is_retiring(self) -> bool:
-        """Return whether this process must leave, because it was told so or because its parent is dead."""
-        return self.must_leave() or os.getppid() != self.parent
+    def is_told(self, order: int) -> bool:
+        """Return whether the parent has given this order."""
+        return bool(self.orders[0] & order)
 
     def is_own(self) -> bool:
         """Return whether this is still the process that serves, and not one that the application has forked from it."""
         return self.pid == os.getpid()
 
-    def may_keep(self) -> bool:
-        """Return whether a connection at rest may stay that no other process could go on with: also after a reload."""
-        if self.may_wait():
-            return True
-        is_in_time = time.monotonic() + TICK < self.leave_by[self.index] < UNBOUNDED
-        return is_in_time and not self.orders[0] & (PRESSED | STOPPING)
-
-    def may_wait(self) -> bool:
-        """The request is done: return whether the next one may be waited for; give way to a parent that must fork."""
-        now, orders = time.monotonic(), self.orders[0]
-        self.since[self.index] = -now
-        if orders & WANTED:
-            give_way()  # the parent competes with all busy children, and newcomers wait for it
+    def must_leave(self) -> bool:
+        """Return whether this process must leave, because it was told so or because its parent is dead."""
+        now = time.monotonic()
         if now > self.look_at:  # getppid(2) after each request would cost 3 %
             self.look_at = now + TICK
             if os.getppid() != self.parent:
-                self.leave_by[self.index] = now
-        return not (self.leave_by[self.index] or orders & PRESSED)
+                self.retire(now)
+        return self.leave_by[self.index] != 0
+
+    def may_keep(self) -> bool:
+        """Return whether a connection at rest may stay that no other process could go on with: also after a reload."""
+        if not self.must_leave():
+            return not self.is_told(PRESSED)
+        is_in_time = time.monotonic() + TICK < self.leave_by[self.index] < UNBOUNDED
+        return is_in_time and not self.is_told(PRESSED | STOPPING)
+
+    def may_wait(self) -> bool:
+        """The request is done: return whether the next one may be waited for; give way to a parent that must fork."""
+        self.mark_silent()
+        if self.orders[0] & WANTED:
+            give_way()  # the parent competes with all busy children, and newcomers wait for it
+        return not (self.must_leave() or self.orders[0] & PRESSED)
 
 
 # ---- 12. Child --------------------------------------------------------------
@@ -1520,7 +1509,9 @@ class Child:
         self.serve_connection, self.family, self.queue, self.mailbox = serve, family, make_channel(), mailbox
         self.options = options
         self.connections = options.connections_per_child  # at hand: what is looked up costs each fork some pages
-        self.slot = Slot(board, is_one_of_many=not options.no_fork)
+        self.slot = Slot(board)
+        if options.no_fork:  # nobody else serves: this process never waits for a client, or all others would, too
+            self.slot.retire()
         self.sock: socket.SocketType | None = None  # the connection in hand
         self.interrupted = 0.0  # since when the wait or the work lasted that was interrupted: once is enough
 
@@ -1544,8 +1535,7 @@ class Child:
         """Take connections out of the queue and serve them, as many as this process may."""
         left = self.connections  # 0 never comes to 0 again
         while taken := self.receive_connection():
-            if self.serve(*taken):
-                self.give_back(taken[0])
+            self.serve(*taken)
             left -= 1
             if left == 0 or self.slot.must_leave():
                 break
@@ -1562,51 +1552,49 @@ class Child:
         while True:
             try:
                 message, rights = self.queue.receive()
+                break
             except BlockingIOError:  # a second has passed
-                if not self.slot.is_retiring():
-                    continue
-                return None
+                if self.slot.must_leave():
+                    return None
             except OSError:  # it was closed: a process that the application has forked
                 return None
-            if not rights:  # asked to leave, or the end of the queue
-                return None
-            self.slot.mark_waiting(False, taken=1)
-            sock = socket.SocketType(self.family, STREAM, 0, DESCRIPTOR.unpack(rights)[0])
-            if sock.gettimeout() is not None:  # an application has set a default: the clock would mean nothing
-                sock.setblocking(True)
-            self.slot.memo = message[DEADLINE.size :]
-            return sock, DEADLINE.unpack_from(message)[0]
+        if not rights:  # asked to leave, or the end of the queue
+            return None
+        self.slot.mark_waiting(False, taken=1)
+        sock = socket.SocketType(self.family, STREAM, 0, DESCRIPTOR.unpack(rights)[0])
+        if sock.gettimeout() is not None:  # an application has set a default: the clock would mean nothing
+            sock.setblocking(True)
+        self.slot.memo = message[DEADLINE.size :]
+        return sock, DEADLINE.unpack_from(message)[0]
 
-    def serve(self, sock: socket.SocketType, deadline: float | None = None) -> bool:
-        """Serve a connection; return whether it is at rest, and so to be given back."""
+    def serve(self, sock: socket.SocketType, deadline: float | None) -> None:
+        """Serve a connection until it ends, or is at rest and the parent has it back."""
         self.sock = sock
         try:
             address = sock.getpeername()
         except OSError:  # it was reset: nobody would get the answer
             sock.close()
-            return False
+            return
         self.slot.client = address[0].encode() if isinstance(address, tuple) else b"unix"
-        return self.serve_connection(sock, address, self.slot, deadline)
+        while self.serve_connection(sock, address, self.slot, deadline) and not self.give_back(sock):
+            deadline = None  # the mailbox is full: the client is waited for once more
 
-    def give_back(self, sock: socket.SocketType) -> None:
-        """Send a connection at rest to the parent; as long as its mailbox is full, go on serving it."""
-        while True:
-            try:
-                self.mailbox.send(BACK + self.slot.memo, sock.fileno())
-                break
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS):
-                    break  # the parent is dead
+    def give_back(self, sock: socket.SocketType) -> bool:
+        """Send a connection at rest to the parent, and close it here; return False if the mailbox is full."""
+        try:
+            self.mailbox.send(BACK + self.slot.memo, sock.fileno())
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS):
                 log_throttled("cannot give a connection at rest back: %s" % error.strerror)
-            self.slot.mark_silent()
-            if wait_readable(sock, TICK) and not self.serve(sock):
-                return
+                return False
+            # Else the parent is dead.
         sock.close()
+        return True
 
     def on_signal(self, signum: int) -> None:
         """Handle a signal. SIGINT is none of a child's business: a terminal sends it to all, and the parent decides."""
         if signum == signal.SIGTERM:
-            self.slot.leave_by[self.slot.index] = time.monotonic() + self.options.graceful_timeout
+            self.slot.retire(time.monotonic() + self.options.graceful_timeout)
         elif signum == signal.SIGALRM:
             since = self.slot.since[self.slot.index]
             if since in (0.0, self.interrupted) or time.monotonic() - abs(since) <= self.options.timeout:
@@ -2235,16 +2223,14 @@ def report(queue: Queue, reactor: Reactor, totals: dict[str, float]) -> None:
 def serve_alone(child: Child, reactor: Reactor, signals: Signals) -> None:
     """Serve without other processes (--no-fork), one request at a time, until the server was stopped."""
     while signal.SIGTERM not in signals.pending:
-        reactor.wait(TICK)
-        while reactor.ready:
+        reactor.wait(0.0 if reactor.ready else TICK)
+        reactor.expire(time.monotonic())
+        if reactor.ready:
             connection = reactor.ready.popleft()
             child.slot.memo = connection.memo
-            if child.serve(connection.sock, connection.deadline):
-                deadline = time.monotonic() + reactor.options.keep_alive
-                reactor.rest(Connection(connection.sock, deadline, child.slot.memo))
+            child.serve(connection.sock, connection.deadline)
             if not child.slot.is_own():
                 exit_child(0)  # in a process that the application has forked
-        reactor.expire(time.monotonic())
     log_error("stopping")
     reactor.listener.close()
     while reactor.close_longest_at_rest():
@@ -2469,7 +2455,7 @@ def accept_tls(context: Any, stream: Stream, deadline: float) -> TLSSocket:
             with suppress(BlockingIOError):
                 if session.shake_hands():
                     return session
-            if stream.slot.mark_silent() >= (began + TICK if stream.slot.is_pressed() else deadline):
+            if stream.slot.mark_silent() >= (began + TICK if stream.slot.is_told(PRESSED) else deadline):
                 raise ClientGoneError(0)
     except OSError as error:
         log_throttled("a TLS handshake has failed: %s" % (getattr(error, "reason", None) or error))
