@@ -285,6 +285,15 @@ class Stream:
         self.buffer, self.start = self.buffer[self.start :] + received, 0
         return bool(received)
 
+    def receive_by(self, deadline: float, what: str) -> None:
+        """Receive more of what must be complete by the deadline; HTTPError if the client is late or has closed."""
+        try:
+            if time.monotonic() >= deadline:  # before a wait: a client that always sends one more byte ends none
+                raise ClientSilentError
+            require(self.receive_more(deadline), 400, "the client closed inside the " + what)
+        except ClientSilentError:
+            raise HTTPError(408, "the %s was not complete in time" % what) from None
+
     def receive_into(self, view: memoryview) -> int:
         """Fill the view with bytes not consumed yet, or else with new ones; return their number, 0 at the end."""
         if not self.has_more():
@@ -342,14 +351,14 @@ class Stream:
         began = heard = time.monotonic()
         with suppress(OSError, ClientSilentError):  # gone: it is over
             self.sock.shutdown(socket.SHUT_WR)
-            while (now := self.slot.mark_silent()) < began + LINGER_TIMEOUT:
-                is_calm = not self.slot.orders[0]  # else there is no time but for what is here already
+            while self.slot.mark_silent() < min(began + LINGER_TIMEOUT, heard + LINGER_SILENCE):
+                is_hasty = self.slot.orders[0] != 0  # there is no time but for what is here already
                 try:
-                    if not self.sock.recv(RECEIVE_SIZE, 0 if is_calm else DONT_WAIT):
+                    if not self.sock.recv(RECEIVE_SIZE, DONT_WAIT if is_hasty else 0):
                         return
-                    heard = now
+                    heard = time.monotonic()
                 except BlockingIOError:
-                    if not is_calm or now >= heard + LINGER_SILENCE - TICK:
+                    if is_hasty:
                         return
 
     def reset_on_close(self, is_wanted: bool) -> None:
@@ -418,25 +427,14 @@ def read_head(stream: Stream, deadline: float | None) -> bytes:
         if deadline and time.monotonic() >= deadline:
             raise ClientGoneError(0)
         stream.buffer, stream.start = stream.buffer[stream.start :] + stream.receive_at_rest(deadline), 0
-    if (end := stream.buffer.find(b"\r\n\r\n", stream.start) + 4) < 4:
-        end = receive_head(stream, deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout))
+    checked = 0
+    while (end := stream.buffer.find(b"\r\n\r\n", stream.start + max(checked - 3, 0)) + 4) < 4:
+        part, deadline = stream.buffer[stream.start :], deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout)
+        check_partial_head(part, checked)
+        checked = len(part)
+        stream.receive_by(deadline, "head")
     stream.previous_head, stream.start = stream.buffer[stream.start : end], end
     return stream.previous_head
-
-
-def receive_head(stream: Stream, deadline: float) -> int:
-    """Receive the rest of a head; return where in the buffer it ends."""
-    stream.buffer, stream.start, checked = stream.buffer[stream.start :], 0, 0
-    while (end := stream.buffer.find(b"\r\n\r\n", max(checked - 3, 0)) + 4) < 4:
-        check_partial_head(stream.buffer, checked)
-        checked = len(stream.buffer)
-        try:
-            if time.monotonic() >= deadline:  # before a wait: a client that always sends one more byte ends none
-                raise ClientSilentError
-            require(stream.receive_more(deadline), 400, "the client closed inside the head")
-        except ClientSilentError:
-            raise HTTPError(408, "the head was not complete in time") from None
-    return end
 
 
 def is_worth_reading(data: bytes, checked: int) -> bool:
@@ -593,8 +591,7 @@ class Body(io.RawIOBase):
         self.remaining = request.length or 0  # of the body, or of the chunk in hand
         self.limit = limit - self.remaining  # what further chunks may hold
         self.awaits_continue = request.expects_continue  # until we send anything or the client does
-        self.ahead = b""  # what `add_input` has read, for the application to read first,
-        self.is_untouched = False  # which it has not done
+        self.untouched = 0  # what remained of a chunk when the application was called, of a body to be streamed
         self.failure: tuple[int, str] | None = None  # not the exception, whose frames refer to this body
         self.extensions = 0  # bytes of chunk extensions so far
         self.is_behind_chunk = False  # the line end behind a chunk is still to come
@@ -606,11 +603,6 @@ class Body(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Of RawIOBase: fill the buffer with the next bytes, return their number, 0 at the end of the body."""
-        if self.ahead:
-            self.is_untouched = False
-            taken, self.ahead = self.ahead[: len(buffer)], self.ahead[len(buffer) :]
-            buffer[: len(taken)] = taken
-            return len(taken)
         if not self.failure:
             try:
                 return self.receive_into(buffer)
@@ -662,13 +654,15 @@ class Body(io.RawIOBase):
             content += self.read(RECEIVE_SIZE)
         if was_chunked and not self.is_chunked:
             environ["wsgi.input"], environ["CONTENT_LENGTH"] = io.BytesIO(content), str(len(content))
-        else:
-            environ["wsgi.input"], self.ahead = io.BufferedReader(self, RECEIVE_SIZE), bytes(content)
-            self.is_untouched = was_chunked
+            return
+        environ["wsgi.input"] = io.BufferedReader(self, RECEIVE_SIZE)
+        if content:  # to be read once more, as the rest of the chunk in hand
+            self.stream.buffer, self.stream.start = bytes(content) + self.stream.buffer[self.stream.start :], 0
+            self.remaining = self.untouched = self.remaining + len(content)
 
     def check_use(self) -> None:
         """Say what to do if the application has ended without a look at a streamed body."""
-        if self.is_untouched:
+        if self.untouched and self.untouched == self.remaining:
             size = "a chunked body of more than %d bytes" % self.buffered
             log_throttled("the application has read nothing of %s: raise --buffer-chunked for it" % size)
 
@@ -882,7 +876,8 @@ class Response:
             self.is_closing |= self.body.awaits_continue  # the body may come or not
             self.body.awaits_continue = False
         slot = self.stream.slot
-        if slot.is_told(STOPPING | PRESSED):  # a client that has sent more requests already must queue for them
+        if slot.is_told(STOPPING | PRESSED):
+            # Under pressure, a client that has sent more requests already must queue for them.
             self.is_closing |= slot.is_told(STOPPING) or (not self.body and self.stream.has_more())
         if self.stream.rest_timeout:  # nobody else could go on with this connection
             self.is_closing |= slot.is_told(PRESSED) or slot.must_leave()
@@ -2738,11 +2733,7 @@ def mount(path: str, application: Application) -> Application:
 def read_proxy_header(stream: Stream, deadline: float) -> str:
     """Read the PROXY header of a connection; return what is noted of it."""
     while not (stream.has_more() and (found := parse_proxy_header(stream.buffer[stream.start :]))):
-        require(time.monotonic() < deadline, 408, "the PROXY header was not complete in time")
-        try:
-            require(stream.receive_more(deadline), 400, "the client closed inside the PROXY header")
-        except ClientSilentError:
-            raise HTTPError(408, "the PROXY header was not complete in time") from None
+        stream.receive_by(deadline, "PROXY header")
     stream.start += found[0]
     return found[1]
 
