@@ -238,26 +238,22 @@ class Stream:
 
     # ClientGoneError: there is no client any more. ClientSilentError: nothing has come for the timeout, or less than
     # `Pace` asks for, or, while others wait for a process, nothing for a second.
-    __slots__ = ("buffer", "pace", "preface", "previous_head", "rest_timeout", "slot", "sock", "start", "timeout")
+    __slots__ = ("buffer", "pace", "preface", "previous_head", "rest_timeout", "slot", "sock", "timeout")
 
     def __init__(self, sock: Any, slot: Slot, timeout: float) -> None:
         self.sock, self.slot, self.timeout = sock, slot, timeout
         self.preface: Callable[[float | None], None] | None = None  # receives what precedes HTTP on a new connection
         self.rest_timeout = 0.0  # seconds that a connection at rest stays here, where nobody else could hold it
-        self.buffer, self.start = b"", 0  # what was received, and where the part begins that is not consumed
+        self.buffer = b""  # what was received and not consumed yet
         self.previous_head = b""  # clients repeat their heads
         self.pace: Pace | None = None  # of the request in hand, once its client was waited for
 
-    def has_more(self) -> bool:
-        """Return whether bytes are here that were not consumed."""
-        return self.start != len(self.buffer)
-
-    def receive_at_rest(self, deadline: float | None) -> bytes:
-        """Return the first bytes of a request; OSError as the socket raises it, BlockingIOError if none come."""
+    def receive_at_rest(self, deadline: float | None) -> None:
+        """Receive the first bytes of a request; OSError as the socket raises it, BlockingIOError if none come."""
         self.pace = None
         while True:
             try:
-                received: bytes = self.sock.recv(RECEIVE_SIZE)
+                received = self.sock.recv(RECEIVE_SIZE)
                 break
             except BlockingIOError:  # a second has passed
                 now = self.slot.mark_silent()
@@ -266,7 +262,7 @@ class Stream:
                     raise
         if not received:
             raise ClientGoneError(0)
-        return received
+        self.buffer += received
 
     def receive_more(self, deadline: float | None = None) -> bool:
         """Add what the client sends next to the buffer; return False if it has ended its side."""
@@ -282,7 +278,7 @@ class Stream:
                 raise ClientGoneError(0) from error
         self.pace = self.pace or Pace()
         self.pace.add(self.slot.mark_progress() - began, len(received), self.slot.is_told(PRESSED))
-        self.buffer, self.start = self.buffer[self.start :] + received, 0
+        self.buffer += received
         return bool(received)
 
     def receive_by(self, deadline: float, what: str) -> None:
@@ -296,19 +292,18 @@ class Stream:
 
     def receive_into(self, view: memoryview) -> int:
         """Fill the view with bytes not consumed yet, or else with new ones; return their number, 0 at the end."""
-        if not self.has_more():
+        if not self.buffer:
             self.receive_more()
-        taken = self.buffer[self.start : self.start + len(view)]
-        self.start += len(taken)
+        taken, self.buffer = self.buffer[: len(view)], self.buffer[len(view) :]
         view[: len(taken)] = taken
         return len(taken)
 
     def read_line(self, limit: int, excess: str = "too long a line in the chunked body") -> bytes:
         """Return the next line without its CRLF (RFC 9112 §2.2); HTTPError, at once, if it is too long or has none."""
-        while (end := self.buffer.find(b"\n", self.start, self.start + limit + 2)) < 0:
-            require(self.buffer[self.start + limit : self.start + limit + 2] in (b"", b"\r"), 400, excess)
+        while (end := self.buffer.find(b"\n", 0, limit + 2)) < 0:
+            require(self.buffer[limit : limit + 2] in (b"", b"\r"), 400, excess)
             require(self.receive_more(), 400, "the client closed inside the chunked body")
-        line, self.start = self.buffer[self.start : end], end + 1
+        line, self.buffer = self.buffer[:end], self.buffer[end + 1 :]
         require(line.endswith(b"\r"), 400, "a bare LF in the chunked body")
         return line[:-1]
 
@@ -418,22 +413,22 @@ class Request(NamedTuple):
 
 def read_head(stream: Stream, deadline: float | None) -> bytes:
     """Return the next head with its empty line; HTTPError if it cannot be good, or is not whole by the deadline."""
-    if not stream.has_more():
-        stream.buffer, stream.start = stream.receive_at_rest(deadline), 0
+    if not stream.buffer:
+        stream.receive_at_rest(deadline)
         if stream.buffer == stream.previous_head:  # the same once more: 10 % faster than to search it and hash it again
-            stream.start = len(stream.buffer)
+            stream.buffer = b""
             return stream.previous_head
-    while stream.buffer[stream.start : stream.start + 3] in (b"\r", b"\r\n"):  # old clients send it behind a body
+    while stream.buffer[:3] in (b"\r", b"\r\n"):  # old clients send it behind a body
         if deadline and time.monotonic() >= deadline:
             raise ClientGoneError(0)
-        stream.buffer, stream.start = stream.buffer[stream.start :] + stream.receive_at_rest(deadline), 0
+        stream.receive_at_rest(deadline)
     checked = 0
-    while (end := stream.buffer.find(b"\r\n\r\n", stream.start + max(checked - 3, 0)) + 4) < 4:
-        part, deadline = stream.buffer[stream.start :], deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout)
-        check_partial_head(part, checked)
-        checked = len(part)
+    while (end := stream.buffer.find(b"\r\n\r\n", max(checked - 3, 0)) + 4) < 4:
+        deadline = deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout)
+        check_partial_head(stream.buffer, checked)
+        checked = len(stream.buffer)
         stream.receive_by(deadline, "head")
-    stream.previous_head, stream.start = stream.buffer[stream.start : end], end
+    stream.previous_head, stream.buffer = stream.buffer[:end], stream.buffer[end:]
     return stream.previous_head
 
 
@@ -603,29 +598,26 @@ class Body(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Of RawIOBase: fill the buffer with the next bytes, return their number, 0 at the end of the body."""
-        if not self.failure:
-            try:
-                return self.receive_into(buffer)
-            except ClientSilentError:
-                self.failure = (408, "the message body did not arrive in time")
-            except HTTPError as error:
-                self.failure = error.args
+        if self.failure:
+            raise HTTPError(*self.failure)
+        try:
+            if self.awaits_continue:
+                self.awaits_continue = False
+                if not self.stream.buffer:  # else its body comes already (RFC 9110 §10.1.1)
+                    self.stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            if self.is_chunked and not self.remaining:
+                self.read_chunk_line()
+            if not self.remaining:
+                return 0
+            received = self.stream.receive_into(memoryview(buffer)[: self.remaining])
+            require(received, 400, "the client closed inside the message body")
+            self.remaining -= received
+            return received
+        except ClientSilentError:
+            self.failure = (408, "the message body did not arrive in time")
+        except HTTPError as error:
+            self.failure = error.args
         raise HTTPError(*self.failure)
-
-    def receive_into(self, buffer: Any) -> int:
-        """Fill the buffer from the stream; return 0 at the end of the body."""
-        if self.awaits_continue:
-            self.awaits_continue = False
-            if not self.stream.has_more():  # else its body comes already (RFC 9110 §10.1.1)
-                self.stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self.is_chunked and not self.remaining:
-            self.read_chunk_line()
-        if not self.remaining:
-            return 0
-        received = self.stream.receive_into(memoryview(buffer)[: self.remaining])
-        require(received, 400, "the client closed inside the message body")
-        self.remaining -= received
-        return received
 
     def read_chunk_line(self) -> None:
         """Read the end of the chunk before, the line before the next, and what follows the last (RFC 9112 §7.1)."""
@@ -657,7 +649,7 @@ class Body(io.RawIOBase):
             return
         environ["wsgi.input"] = io.BufferedReader(self, RECEIVE_SIZE)
         if content:  # to be read once more, as the rest of the chunk in hand
-            self.stream.buffer, self.stream.start = bytes(content) + self.stream.buffer[self.stream.start :], 0
+            self.stream.buffer = bytes(content) + self.stream.buffer
             self.remaining = self.untouched = self.remaining + len(content)
 
     def check_use(self) -> None:
@@ -671,9 +663,9 @@ class Body(io.RawIOBase):
         if self.awaits_continue or self.failure:
             return False
         left, waste = MAX_DRAINED, bytearray(RECEIVE_SIZE)
-        with suppress(HTTPError, ClientSilentError):  # the response is out and was right; the close tells the rest
+        with suppress(HTTPError):  # the response is out and was right; the close tells the rest
             while left >= self.remaining:
-                if not (received := self.receive_into(waste)):
+                if not (received := self.readinto(waste)):
                     return True
                 left -= received
         return False
@@ -740,7 +732,7 @@ def run_application(application: Application, environ: Environ, response: Respon
             response.head = parse_response_head(status, tuple(response_headers))
         except TypeError:
             raise TypeError("not a status and a list of (name, value): %r, %r" % (status, response_headers)) from None
-        return response.write
+        return response.send  # (PEP 3333, "The write() Callable")
 
     blocks = application(environ, start_response)
     try:
@@ -793,24 +785,20 @@ class Response:
         self.drops_blocks = False  # the rest of what the application gives: there is no body, or it is too long
         self.is_complete = False
 
-    def write(self, block: bytes) -> None:
-        """Send a block of the body (PEP 3333, "The write() Callable")."""
-        if self.is_complete:
-            raise AssertionError("write() was called after the end of the response")
-        self.send(block)
-
     def send_blocks(self, blocks: Iterable[bytes]) -> None:
         """Send all blocks, each at once (PEP 3333, "Buffering and Streaming")."""
         if blocks is None or isinstance(blocks, (str, bytes)):  # whose parts are no blocks
             raise TypeError("the application returned a %s: return a list of bytes" % type(blocks).__name__)
         for block in blocks:
-            self.write(block)
+            self.send(block)
             if self.drops_blocks:
                 break
         self.send(b"", is_last=True)
 
     def send(self, block: bytes, is_last: bool = False) -> None:
         """Send a block of the body, with the head before the first, and with what ends the body behind the last."""
+        if self.is_complete:
+            raise AssertionError("write() was called after the end of the response")
         if not isinstance(block, bytes):
             raise TypeError("a block of the body is not bytes: %.100r" % (block,))
         before, behind, framing = b"", b"", self.framing
@@ -861,9 +849,7 @@ class Response:
         self.stream.send(head)
         # To read and send was 1.4 times as fast as sendfile(2) over loopback on Linux 6.18, and took less processor.
         while block := os.pread(fd, int(min(framing.length - self.sent, FILE_BLOCK_SIZE)), offset + self.sent):
-            self.stream.send(block)
-            self.sent += len(block)
-            self.stream.slot.mark_progress()
+            self.send(block)
         return True
 
     def frame(self, size: int | None) -> tuple[Framing, bytes]:
@@ -878,7 +864,7 @@ class Response:
         slot = self.stream.slot
         if slot.is_told(STOPPING | PRESSED):
             # Under pressure, a client that has sent more requests already must queue for them.
-            self.is_closing |= slot.is_told(STOPPING) or (not self.body and self.stream.has_more())
+            self.is_closing |= slot.is_told(STOPPING) or bool(self.stream.buffer and not self.body)
         if self.stream.rest_timeout:  # nobody else could go on with this connection
             self.is_closing |= slot.is_told(PRESSED) or slot.must_leave()
         framing = make_framing(self.head, self.request.method, self.request.version, size, self.is_closing)
@@ -981,17 +967,17 @@ def serve_connection(
         slot.mark_silent()
         while serve_request(application, options, stream, environ, deadline):
             deadline = None
-            if not (slot.may_wait() or stream.has_more() or stream.rest_timeout):
+            if not (slot.may_wait() or stream.buffer or stream.rest_timeout):
                 raise ClientSilentError
-        stream.sock.shutdown(socket.SHUT_WR)  # the end for the client, if a process of the application holds a copy
     except (ClientSilentError, BlockingIOError):
-        if stream.sock is sock:
+        if stream.sock is sock:  # else it is a TLS session, which no other process could go on with
             return True
     except (ClientGoneError, OSError):
         pass
-    if stream.sock is not sock:  # a TLS session, which no other process could go on with: tell its end
-        with suppress(OSError):
-            stream.sock.shutdown(socket.SHUT_WR)
+    try:
+        stream.sock.shutdown(socket.SHUT_WR)  # the end for the client, if a process of the application holds a copy
+    except OSError:
+        pass  # the client has gone
     sock.close()
     return False
 
@@ -1023,7 +1009,7 @@ def serve_request(
         if not response:
             if isinstance(error, (ClientSilentError, ClientGoneError, OSError)):
                 raise  # between two requests
-            response = Response(stream, make_unread_request(head or stream.buffer[stream.start :]), True)
+            response = Response(stream, make_unread_request(head or stream.buffer), True)
         # Step 4: answer what went wrong.
         detail = recover(response, error)
     # Step 5: log it, and leave the connection in a state in which the next request can be read, or end it.
@@ -1033,7 +1019,7 @@ def serve_request(
     if not (detail or response.is_closing) and (body is None or body.drain()):
         return True
     # Only who wanted the close and whose bytes were all read needs no time for what it may still send.
-    if detail or stream.has_more() or response.request.is_persistent or (body and (body.is_chunked or body.remaining)):
+    if detail or stream.buffer or response.request.is_persistent or (body and (body.is_chunked or body.remaining)):
         stream.linger()
     return False
 
@@ -1284,12 +1270,9 @@ def bind_unix(path: str, mode: str) -> socket.socket:
             probe.settimeout(TICK)
             if probe.connect_ex(path) == errno.ECONNREFUSED:  # else somebody may listen: let bind say what is wrong
                 os.unlink(path)
-    umask = os.umask(0o777 & ~int(mode, 8)) if mode else None  # before the first client can connect
-    try:
-        listener.bind(path)
-    finally:
-        if umask is not None:
-            os.umask(umask)
+    listener.bind(path)
+    if mode:  # before it listens, and so before the first client can connect
+        os.chmod(path, int(mode, 8))
     return listener
 
 
@@ -1369,11 +1352,6 @@ class Scoreboard:
 
 class Slot:
     """Owns a place on the scoreboard, in which the process that serves says what it does."""
-
-    __slots__ = (
-        "board", "client", "index", "leave_by", "look_at", "memo", "orders", "parent", "pid", "requests", "since",
-        "write",
-    )  # fmt: skip
 
     def __init__(self, board: Scoreboard) -> None:
         self.client, self.requests, self.look_at = b"", 0, 0.0
@@ -1457,7 +1435,7 @@ class Slot:
 
 Service = Callable[[socket.SocketType, Any, Slot, "float | None"], bool]
 DEADLINE, DESCRIPTOR = struct.Struct("d"), struct.Struct("i")
-DONE, BACK = b"done", b"back\n"  # the last message of a child; what is given back, with a memo for each descriptor
+BACK = b"back\n"  # and behind it a memo for each descriptor that is given back
 MAX_DESCRIPTORS = 253  # in one message: SCM_MAX_FD of Linux
 RIGHTS = socket.SOL_SOCKET, socket.SCM_RIGHTS
 CLOSE_ON_EXEC, CUT_OFF = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0)), int(socket.MSG_CTRUNC)
@@ -1536,11 +1514,6 @@ class Child:
                 break
             self.slot.mark_waiting(True)
         self.slot.mark_waiting(False)
-        if not self.slot.orders[0] & WANTED:  # else the parent forks anyway
-            try:  # `suppress` would cost each fork some pages more
-                self.mailbox.send(DONE)
-            except OSError:
-                pass  # the parent is dead, or has much to read
 
     def receive_connection(self) -> tuple[socket.SocketType, float] | None:
         """Return the next connection, and by when its head must be complete; None if this child is to leave."""
@@ -1678,20 +1651,17 @@ class Reactor:
         self.resting: dict[int, Connection] = {}  # by descriptor, the longest at rest first
         self.ready: deque[Connection] = deque()  # for a child
         self.peeked = memoryview(bytearray(MAX_HEAD + 4))  # enough to see that a head is too large
-        self.is_child_done = False
         self.selector: Any = selectors.DefaultSelector()
         self.selector.register(mailbox.receiver, selectors.EVENT_READ, self.take_back)
         self.selector.register(listener.sock, selectors.EVENT_READ, self.accept)
 
-    def wait(self, seconds: float) -> bool:
-        """Sleep until something happens, so many seconds at most, and sort it; return whether a child is done."""
-        self.is_child_done = False
+    def wait(self, seconds: float) -> None:
+        """Sleep until something happens, so many seconds at most, and sort it."""
         for key, _ in self.selector.select(seconds):
             if key.data:
                 key.data()  # take_back or accept
             elif connection := self.resting.get(key.fd):  # else it was closed meanwhile, for a newcomer
                 self.look_at(connection)
-        return self.is_child_done
 
     def accept(self) -> bool:
         """Accept who waits in the kernel's queue; return whether there is room for more, else pause."""
@@ -1726,10 +1696,8 @@ class Reactor:
         return connection is not None
 
     def drop(self, connection: Connection) -> None:
-        """Close a connection: its client sees the end, also if a process that was forked meanwhile holds a copy."""
+        """Close a connection."""
         self.forget(connection)
-        with suppress(OSError):
-            connection.sock.shutdown(socket.SHUT_RDWR)
         connection.sock.close()
 
     def look_at(self, connection: Connection) -> None:
@@ -1773,16 +1741,10 @@ class Reactor:
             self.selector.unregister(connection.sock)
 
     def take_back(self) -> None:
-        """Receive the connections that are given back, by the mailbox, up to a message of another kind."""
-        while True:
-            try:
-                message, rights = self.mailbox.receive(DONT_WAIT)
-            except BlockingIOError:
-                return
-            if not rights:
-                self.is_child_done |= message == DONE  # else it is a signal's number
-                return
-            self.hold(message, rights)
+        """Receive the connections that are given back, by the mailbox, up to the number of a signal."""
+        with suppress(BlockingIOError):
+            while (received := self.mailbox.receive(DONT_WAIT))[1]:
+                self.hold(*received)
 
     def hold(self, message: bytes, rights: bytes) -> None:
         """Hold connections that were silent for a TICK and come with this message."""
@@ -1992,9 +1954,10 @@ class Parent:
         self.put_in_before = 0  # how many requests there were when that was decided
         self.fork_again_at = self.fork_pause = 0.0  # no fork before, since children have died before they served
         self.tick_at = self.stop_at = 0.0  # when `watch` is due; when listening ends, 0 until a stop is asked for
-        self.is_over = self.is_advised = False  # all has ended; what processes cost was said
+        self.grace = options.graceful_timeout  # seconds from then on for what is in hand
+        self.is_over = False  # all has ended
         self.told: dict[int, tuple[float, float]] = {}  # by slot: no progress since when, interrupted when
-        self.has_terminal = signals.handlers.get(signal.SIGHUP) != signal.SIG_IGN and can_open_terminal()
+        self.has_terminal = os.isatty(2)
         self.totals: dict[str, float] = dict.fromkeys(TOTALS, 0)
 
     def run(self) -> None:
@@ -2008,8 +1971,7 @@ class Parent:
             until = self.keep_spare(now, spare)
             # Step 3: sleep until a client, a child or a signal wants something. Those that are at work come first.
             give_way()
-            if self.reactor.wait(max(min(until, self.tick_at) - now, 0.0)):
-                self.fork_at = 0.0  # a child is done: the next one takes the processor from nobody
+            self.reactor.wait(max(min(until, self.tick_at) - now, 0.0))
             # Step 4: do what signals ask for.
             while self.signals.pending:
                 self.handle_signal(self.signals.pending.pop(0))
@@ -2063,7 +2025,7 @@ class Parent:
 
     def handle_signal(self, signum: int) -> None:
         """Do what a signal asks for."""
-        is_left = signum == signal.SIGHUP and self.has_terminal and not can_open_terminal()  # which was closed
+        is_left = signum == signal.SIGHUP and self.has_terminal and not os.isatty(2)  # the terminal was closed
         if signum == signal.SIGCHLD:
             self.reap()
         elif signum in (signal.SIGTERM, signal.SIGINT) or is_left:
@@ -2094,7 +2056,8 @@ class Parent:
         slot = self.board.children.pop(pid)
         self.totals["requests"] += self.board.requests[slot]
         self.totals["ms of processor"] += (usage.ru_utime + usage.ru_stime) * 1000
-        self.is_advised = self.is_advised or give_advice(self.totals)
+        if self.totals["reaped"] == ADVICE_AFTER:
+            give_advice(self.totals)
         if status:
             self.totals["crashes"] += 1
             log_error("child %d %s while %s" % (pid, describe_end(status), self.board.describe(slot)))
@@ -2111,37 +2074,36 @@ class Parent:
         self.cap = self.most  # the system may allow more again
         self.reactor.expire(now)
         self.queue.look_after()
-        if self.stop_at:
-            self.is_over = end_service(now, self.stop_at, self.options, self.reactor, self.queue)
-        else:
+        if not self.stop_at:
             self.reload.watch(now)
+        elif now >= self.stop_at:
+            self.is_over = end_service(now, self.stop_at, self.stop_at + self.grace, self.reactor, self.queue)
         self.totals["timeouts"] += enforce_deadlines(now, self.options.timeout, self.board, self.told)
 
     def stop(self) -> None:
         """Stop gracefully; at the second request, at once."""
         if self.stop_at:
-            self.options = self.options._replace(drain_delay=0.0, graceful_timeout=0.0)
+            self.stop_at, self.grace = time.monotonic(), 0.0
         else:
+            self.stop_at = time.monotonic() + self.options.drain_delay
             log_error("stopping")
             notify("STOPPING=1")
             self.board.order(STOPPING, True)
             self.reload.cancel()
-        self.stop_at, self.tick_at = time.monotonic() + self.options.drain_delay, 0.0
+        self.tick_at = 0.0
 
 
-def end_service(now: float, stop_at: float, options: Options, reactor: Reactor, queue: Queue) -> bool:
+def end_service(now: float, stop_at: float, kill_at: float, reactor: Reactor, queue: Queue) -> bool:
     """Stop listening, close what is at rest after a last call, let children finish; return whether all is over."""
-    if now < stop_at:
-        return False
     if reactor.listener.sock.fileno() >= 0:  # it still listens
         reactor.stop_listening()
     children = queue.board.children
     is_busy = reactor.resting or reactor.ready or queue.count_spare() != len(children)
-    if not is_busy or now >= stop_at + min(LAST_CALL, options.graceful_timeout / 2):
+    if not is_busy or now >= min(stop_at + LAST_CALL, (stop_at + kill_at) / 2):
         while reactor.close_longest_at_rest():
             pass
-        queue.board.retire(stop_at + options.graceful_timeout)
-        if now >= stop_at + options.graceful_timeout:
+        queue.board.retire(kill_at)
+        if now >= kill_at:
             reactor.ready.clear()
         if not reactor.ready and not wait_readable(queue.channel.receiver, 0):
             queue.end()
@@ -2150,7 +2112,7 @@ def end_service(now: float, stop_at: float, options: Options, reactor: Reactor, 
 
 def enforce_deadlines(now: float, timeout: float, board: Scoreboard, told: dict[int, tuple[float, float]]) -> int:
     """Interrupt what makes no progress; kill what takes no notice, or should have left. Return how many were new."""
-    count = 0
+    count, late = 0, []
     for pid, slot in board.children.items():
         since = board.since[slot]  # read once: it changes under our eyes
         if since and now - abs(since) > timeout + (ALARM_SLACK if since > 0 else CLIENT_SLACK):
@@ -2158,11 +2120,11 @@ def enforce_deadlines(now: float, timeout: float, board: Scoreboard, told: dict[
                 told[slot] = since, now
                 count += 1
             send_signal(pid, signal.SIGKILL if now - told[slot][1] >= KILL_AFTER else signal.SIGALRM)
-    late = [pid for pid, slot in board.children.items() if 0 < board.leave_by[slot] <= now]
+        if 0 < board.leave_by[slot] <= now:
+            late.append(pid)
+            send_signal(pid, signal.SIGKILL)
     if late:
         log_throttled("children that have not finished and are killed: %d" % len(late))
-    for pid in late:
-        send_signal(pid, signal.SIGKILL)
     return count
 
 
@@ -2174,14 +2136,6 @@ def send_signal(pid: int, signum: int) -> None:
         log_throttled("may not send a signal to process %d, which has become another user" % pid)
 
 
-def can_open_terminal() -> bool:
-    """Return whether this process has a controlling terminal that still exists (tty(4))."""
-    with suppress(OSError):
-        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-        return True
-    return False
-
-
 def describe_end(status: int) -> str:
     """Return how a process has ended by its wait status (waitpid(2))."""
     names = {int(signum): signum.name for signum in signal.Signals}
@@ -2189,16 +2143,14 @@ def describe_end(status: int) -> str:
     return "died of " + names.get(number, "signal %d" % number) if number else "exited with %d" % os.WEXITSTATUS(status)
 
 
-def give_advice(totals: dict[str, float]) -> bool:
-    """Say what to do if processes cost much and serve few requests; return whether that was said."""
-    count, each = totals["reaped"], totals["ms of processor"] / totals["reaped"]
-    is_due = count >= ADVICE_AFTER and each > EXPENSIVE and totals["requests"] < FEW_REQUESTS * count
-    if is_due:
+def give_advice(totals: dict[str, float]) -> None:
+    """Say what to do if processes cost much and serve few requests."""
+    cost, requests = totals["ms of processor"] / totals["reaped"], totals["requests"] / totals["reaped"]
+    if cost > EXPENSIVE and requests < FEW_REQUESTS:
         log_error(
             "a process takes %d ms of processor and serves %.1f requests: --warm-up PATH loads once for all what the"
-            " first request loads, --connections-per-child N keeps processes" % (each, totals["requests"] / count)
+            " first request loads, --connections-per-child N keeps processes" % (cost, requests)
         )
-    return is_due
 
 
 def report(queue: Queue, reactor: Reactor, totals: dict[str, float]) -> None:
@@ -2227,9 +2179,6 @@ def serve_alone(child: Child, reactor: Reactor, signals: Signals) -> None:
             if not child.slot.is_own():
                 exit_child(0)  # in a process that the application has forked
     log_error("stopping")
-    reactor.listener.close()
-    while reactor.close_longest_at_rest():
-        pass
 
 
 # ---- Part three: what production adds ---------------------------------------
@@ -2438,12 +2387,11 @@ def refuse_pass_phrase() -> NoReturn:
 
 def accept_tls(context: Any, stream: Stream, deadline: float) -> TLSSocket:
     """Return the TLS session of a connection; ClientGoneError if the handshake fails or takes too long."""
-    if not (stream.has_more() or stream.receive_more(deadline)):
+    if not (stream.buffer or stream.receive_more(deadline)):
         raise ClientGoneError(0)
-    records, stream.buffer, stream.start = stream.buffer[stream.start :], b"", 0
-    if not records.startswith(b"\x16"):  # what a handshake begins with
-        stream.buffer = records  # for the log
+    if not stream.buffer.startswith(b"\x16"):  # what a handshake begins with
         raise HTTPError(400, "plain HTTP on a port with TLS: the address begins with https")
+    records, stream.buffer = stream.buffer, b""
     session, began = TLSSocket(context, stream.sock, records), time.monotonic()
     try:
         while True:
@@ -2732,9 +2680,9 @@ def mount(path: str, application: Application) -> Application:
 
 def read_proxy_header(stream: Stream, deadline: float) -> str:
     """Read the PROXY header of a connection; return what is noted of it."""
-    while not (stream.has_more() and (found := parse_proxy_header(stream.buffer[stream.start :]))):
+    while not (stream.buffer and (found := parse_proxy_header(stream.buffer))):
         stream.receive_by(deadline, "PROXY header")
-    stream.start += found[0]
+    stream.buffer = stream.buffer[found[0] :]
     return found[1]
 
 
