@@ -1004,7 +1004,7 @@ def serve_request(
         # Step 3: call the application and send what it gives.
         run_application(application, environ, response)
     except BaseException as error:  # SystemExit in an application is an error like any other
-        if not slot.is_own() or (options.no_fork and isinstance(error, KeyboardInterrupt)):
+        if slot.pid != os.getpid() or (options.no_fork and isinstance(error, KeyboardInterrupt)):
             raise  # in a process that the application has forked, or to the debugger
         if not response:
             if isinstance(error, (ClientSilentError, ClientGoneError, OSError)):
@@ -1229,8 +1229,7 @@ def open_listener(bind: str, mode: str) -> socket.socket:
             listener.set_inheritable(False)
         else:
             listener = bind_tcp(host.strip("[]"), int(port))
-        if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            listener.listen(BACKLOG)
+        listener.listen(BACKLOG)
     except OSError as error:
         advice = ADVICE.get(error.errno or 0, "")
         raise StartError("cannot listen on %s: %s%s" % (bind, error.strerror or error, advice)) from None
@@ -1396,10 +1395,6 @@ class Slot:
         """Return whether the parent has given this order."""
         return bool(self.orders[0] & order)
 
-    def is_own(self) -> bool:
-        """Return whether this is still the process that serves, and not one that the application has forked from it."""
-        return self.pid == os.getpid()
-
     def must_leave(self) -> bool:
         """Return whether this process must leave, because it was told so or because its parent is dead."""
         now = time.monotonic()
@@ -1442,13 +1437,16 @@ CLOSE_ON_EXEC, CUT_OFF = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0)), int(socket
 
 
 class Channel:
-    """Owns a pair of sockets through which processes send messages, with descriptors or without."""
+    """Owns a pair of sockets, new or inherited, through which processes send messages, with descriptors or without."""
 
-    def __init__(self, receiver: socket.socket, sender: socket.socket) -> None:
-        self.receiver, self.sender = receiver, sender
-        receiver.setblocking(True)
-        sender.setblocking(False)
-        set_clock(receiver)
+    # macOS has no SOCK_SEQPACKET, but its datagrams between two sockets stay in order, too.
+    KIND = socket.SOCK_DGRAM if sys.platform == "darwin" else socket.SOCK_SEQPACKET
+
+    def __init__(self, *ends: socket.socket) -> None:
+        self.receiver, self.sender = ends or socket.socketpair(socket.AF_UNIX, self.KIND)
+        self.receiver.setblocking(True)
+        self.sender.setblocking(False)
+        set_clock(self.receiver)
 
     def send(self, message: bytes, *fds: int) -> None:
         """Send a message; BlockingIOError if there is no room for it, another OSError if nobody will receive it."""
@@ -1462,12 +1460,6 @@ class Channel:
         return message, rights[0][2] if rights else b""
 
 
-def make_channel() -> Channel:
-    """Return a new channel; macOS has no SOCK_SEQPACKET, but its datagrams between two sockets stay in order, too."""
-    kind = socket.SOCK_DGRAM if sys.platform == "darwin" else socket.SOCK_SEQPACKET
-    return Channel(*socket.socketpair(socket.AF_UNIX, kind))
-
-
 def wait_readable(sock: socket.SocketType, seconds: float) -> bool:
     """Wait so many seconds at most until there is something to receive; return whether there is."""
     poller = select.poll()  # not select(2): that ends at descriptor 1023
@@ -1479,7 +1471,7 @@ class Child:
     """Owns the life of a serving process, from fork to exit. The parent makes it, and each fork has a copy of it."""
 
     def __init__(self, serve: Service, family: int, mailbox: Channel, board: Scoreboard, options: Options) -> None:
-        self.serve_connection, self.family, self.queue, self.mailbox = serve, family, make_channel(), mailbox
+        self.serve_connection, self.family, self.queue, self.mailbox = serve, family, Channel(), mailbox
         self.options = options
         self.connections = options.connections_per_child  # at hand: what is looked up costs each fork some pages
         self.slot = Slot(board)
@@ -1511,7 +1503,7 @@ class Child:
             self.serve(*taken)
             left -= 1
             if left == 0 or self.slot.must_leave():
-                break
+                return
             self.slot.mark_waiting(True)
         self.slot.mark_waiting(False)
 
@@ -1584,10 +1576,9 @@ def exit_child(status: int) -> NoReturn:
     try:
         if "threading" in sys.modules:
             sys.modules["threading"]._shutdown()  # what CPython itself calls at its end; there is no public name
-        run_exit_handlers()
-        flush_output()
+        exit_at_once(status)
     finally:
-        os._exit(status)
+        os._exit(status)  # whatever an exit handler has done
 
 
 def flush_output() -> None:
@@ -2176,9 +2167,11 @@ def serve_alone(child: Child, reactor: Reactor, signals: Signals) -> None:
             connection = reactor.ready.popleft()
             child.slot.memo = connection.memo
             child.serve(connection.sock, connection.deadline)
-            if not child.slot.is_own():
+            if child.slot.pid != os.getpid():
                 exit_child(0)  # in a process that the application has forked
     log_error("stopping")
+    while reactor.close_longest_at_rest():
+        pass
 
 
 # ---- Part three: what production adds ---------------------------------------
@@ -2262,7 +2255,7 @@ class Reload:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             return
         notify("RELOADING=1")
-        board, mailbox, rest = self.queue.board, self.reactor.mailbox, make_channel()
+        board, mailbox, rest = self.queue.board, self.reactor.mailbox, Channel()
         board.retire(time.monotonic() + self.options.graceful_timeout)
         for connection in [*self.reactor.resting.values()]:
             self.reactor.make_ready(connection)
@@ -3326,7 +3319,7 @@ def start(load: Callable[[], Application], options: Options) -> None:
     options = options._replace(bind=find_inherited_address() or options.bind)
     sock = socket.socket(fileno=kept[1]) if kept else open_listener(options.bind, options.socket_mode)
     listener = Listener(sock, options.bind)
-    mailbox = Channel(*(socket.socket(fileno=fd) for fd in kept[2:4])) if kept else make_channel()
+    mailbox = Channel(*(socket.socket(fileno=fd) for fd in kept[2:4]))
     signals = Signals(mailbox.sender)
     try:
         if options.user:
