@@ -738,10 +738,15 @@ def run_application(application: Application, environ: Environ, response: Respon
     try:
         if isinstance(blocks, (list, tuple)):
             response.send(b"".join(blocks), is_last=True)  # all there is: its length can be told
-        elif isinstance(blocks, FileWrapper) and response.send_file(blocks.file):
-            response.send(b"", is_last=True)
+        elif blocks is None or isinstance(blocks, (str, bytes)):  # whose parts are no blocks
+            raise TypeError("the application returned a %s: return a list of bytes" % type(blocks).__name__)
         else:
-            response.send_blocks(blocks)
+            if not (isinstance(blocks, FileWrapper) and response.send_file(blocks.file)):
+                for block in blocks:  # each is sent at once (PEP 3333, "Buffering and Streaming")
+                    response.send(block)
+                    if response.drops_blocks:
+                        break
+            response.send(b"", is_last=True)
     finally:
         if hasattr(blocks, "close"):
             blocks.close()
@@ -784,16 +789,6 @@ class Response:
         self.sent = 0  # bytes of the body
         self.drops_blocks = False  # the rest of what the application gives: there is no body, or it is too long
         self.is_complete = False
-
-    def send_blocks(self, blocks: Iterable[bytes]) -> None:
-        """Send all blocks, each at once (PEP 3333, "Buffering and Streaming")."""
-        if blocks is None or isinstance(blocks, (str, bytes)):  # whose parts are no blocks
-            raise TypeError("the application returned a %s: return a list of bytes" % type(blocks).__name__)
-        for block in blocks:
-            self.send(block)
-            if self.drops_blocks:
-                break
-        self.send(b"", is_last=True)
 
     def send(self, block: bytes, is_last: bool = False) -> None:
         """Send a block of the body, with the head before the first, and with what ends the body behind the last."""
@@ -1802,7 +1797,6 @@ class Signals:
         self.handlers: dict[int, Any] = {}  # as they were before
         self.detach: Callable[[], None] | None = None  # what a process has to call that the application has forked
         self.masks: dict[int, Any] = {}  # by the thread in which the application forks: what was blocked before
-        self.own_thread = 0  # the thread in which a child of ours is being forked
         os.register_at_fork(before=self.block, after_in_parent=self.unblock, after_in_child=self.leave)
 
     def catch(self, *signums: int) -> None:
@@ -1830,17 +1824,9 @@ class Signals:
                 signal.signal(signum, handler or signal.SIG_DFL)
         self.detach = None
 
-    def fork(self) -> int:
-        """Fork a child of ours: return its pid, 0 in the child. OSError as from os.fork."""
-        self.own_thread = get_ident()
-        try:
-            return os.fork()
-        finally:
-            self.own_thread = 0
-
     def block(self) -> None:
         """Before the application forks: let signals wait."""
-        if self.detach and get_ident() != self.own_thread:
+        if self.detach:
             self.masks[get_ident()] = None  # from here on nothing is raised
             self.masks[get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
@@ -1851,7 +1837,7 @@ class Signals:
 
     def leave(self) -> None:
         """In the process that it has forked: give up what is the server's."""
-        if self.detach and get_ident() in self.masks:
+        if self.detach:
             self.detach()
             self.release()
             self.unblock()
@@ -1937,8 +1923,7 @@ class Parent:
         self.child, self.reactor, self.signals, self.options = child, reactor, signals, options
         self.board, self.queue = child.slot.board, Queue(child.queue, child.slot.board)
         self.reload = Reload(options, signals, reactor, self.queue)
-        for slot in self.board.children.values():  # they may have waited for the mailbox while the new code was loaded
-            self.board.leave_by[slot] = max(self.board.leave_by[slot], time.monotonic() + CLIENT_SLACK)
+        signals.detach = None  # what is forked from here on are children, until one of them says otherwise
         # A reload keeps the size of the board; and the cap is less where the system does not allow so many.
         self.most = self.cap = min(options.max_children, len(self.board.pids))
         self.fork_at: float | None = 0.0  # when the next child is to be forked; None: when there is a reason
@@ -1994,7 +1979,7 @@ class Parent:
         slot = self.board.allot()
         make_date(int(time.time()))  # the child remembers it
         try:
-            pid = self.signals.fork()
+            pid = os.fork()
         except OSError as error:  # EAGAIN: a limit of processes, ENOMEM
             self.board.clear(slot)
             self.cap = len(self.board.children)
@@ -2211,7 +2196,7 @@ class Reload:
             return
         self.check_by = time.monotonic() + CHECK_TIMEOUT + self.options.timeout * len(self.options.warm_up)
         try:
-            self.checker = self.signals.fork()
+            self.checker = os.fork()
         except OSError as error:
             log_error("cannot fork to try the new code: %s" % error.strerror)
             return
