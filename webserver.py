@@ -857,11 +857,11 @@ class Response:
             self.is_closing |= self.body.awaits_continue  # the body may come or not
             self.body.awaits_continue = False
         slot = self.stream.slot
-        if slot.is_told(STOPPING | PRESSED):
+        if slot.orders[0] & (STOPPING | PRESSED):
             # Under pressure, a client that has sent more requests already must queue for them.
             self.is_closing |= slot.is_told(STOPPING) or bool(self.stream.buffer and not self.body)
         if self.stream.rest_timeout:  # nobody else could go on with this connection
-            self.is_closing |= slot.is_told(PRESSED) or slot.must_leave()
+            self.is_closing |= slot.is_told(PRESSED) or slot.must_leave(time.monotonic())
         framing = make_framing(self.head, self.request.method, self.request.version, size, self.is_closing)
         self.framing, self.is_closing, self.drops_blocks = framing, framing.is_closing, not framing.has_body
         if framing.is_ended_by_close:
@@ -1375,7 +1375,8 @@ class Slot:
         """A request is in hand; return the time."""
         self.requests += 1
         self.write(self.requests, self.client, line)
-        return self.mark_progress()
+        now = self.since[self.index] = time.monotonic()
+        return now
 
     def mark_progress(self) -> float:
         """The request in hand has made progress; return the time."""
@@ -1390,9 +1391,8 @@ class Slot:
         """Return whether the parent has given this order."""
         return bool(self.orders[0] & order)
 
-    def must_leave(self) -> bool:
+    def must_leave(self, now: float) -> bool:
         """Return whether this process must leave, because it was told so or because its parent is dead."""
-        now = time.monotonic()
         if now > self.look_at:  # getppid(2) after each request would cost 3 %
             self.look_at = now + TICK
             if os.getppid() != self.parent:
@@ -1401,17 +1401,18 @@ class Slot:
 
     def may_keep(self) -> bool:
         """Return whether a connection at rest may stay that no other process could go on with: also after a reload."""
-        if not self.must_leave():
+        now = time.monotonic()
+        if not self.must_leave(now):
             return not self.is_told(PRESSED)
-        is_in_time = time.monotonic() + TICK < self.leave_by[self.index] < UNBOUNDED
+        is_in_time = now + TICK < self.leave_by[self.index] < UNBOUNDED
         return is_in_time and not self.is_told(PRESSED | STOPPING)
 
     def may_wait(self) -> bool:
         """The request is done: return whether the next one may be waited for; give way to a parent that must fork."""
-        self.mark_silent()
-        if self.orders[0] & WANTED:
+        orders, now = self.orders[0], self.mark_silent()
+        if orders & WANTED:
             give_way()  # the parent competes with all busy children, and newcomers wait for it
-        return not (self.must_leave() or self.orders[0] & PRESSED)
+        return not (orders & PRESSED or self.must_leave(now))
 
 
 # ---- 12. Child --------------------------------------------------------------
@@ -1497,7 +1498,7 @@ class Child:
         while taken := self.receive_connection():
             self.serve(*taken)
             left -= 1
-            if left == 0 or self.slot.must_leave():
+            if left == 0 or self.slot.must_leave(time.monotonic()):
                 return
             self.slot.mark_waiting(True)
         self.slot.mark_waiting(False)
@@ -1509,7 +1510,7 @@ class Child:
                 message, rights = self.queue.receive()
                 break
             except BlockingIOError:  # a second has passed
-                if self.slot.must_leave():
+                if self.slot.must_leave(time.monotonic()):
                     return None
             except OSError:  # it was closed: a process that the application has forked
                 return None
@@ -1774,7 +1775,7 @@ KILL_AFTER = 5.0  # seconds from the signal that interrupts a request to the one
 ALARM_SLACK = 0.25  # seconds beyond the timeout until the parent interrupts a request,
 CLIENT_SLACK = 3.0  # and a wait for the client, whose end a child sees by itself, once in a TICK
 LAST_CALL = 1.0  # seconds that a connection at rest is given, when it must go, for a request that may be under way
-FORK_DELAY = 0.01  # seconds from the moment that no child is spare to the fork of the next, if none is done before
+FORK_DELAY = 0.01  # seconds from the moment that no child is spare to the fork of the next, if none is reaped before
 FAIR_ORDER_EVERY = 0.05  # seconds: to look at who is at work takes time
 TOTALS = "forks", "reaped", "crashes", "timeouts", "requests", "ms of processor"
 ADVICE_AFTER, EXPENSIVE, FEW_REQUESTS = 100, 20.0, 4  # processes; ms of processor for each; requests for each
