@@ -1932,9 +1932,8 @@ class Parent:
         self.fork_again_at = self.fork_pause = 0.0  # no fork before, since children have died before they served
         self.tick_at = self.stop_at = 0.0  # when `watch` is due; when listening ends, 0 until a stop is asked for
         self.grace = options.graceful_timeout  # seconds from then on for what is in hand
-        self.is_over = False  # all has ended
+        self.is_over, self.has_terminal = False, os.isatty(2)  # all has ended; there is one that may be closed
         self.told: dict[int, tuple[float, float]] = {}  # by slot: no progress since when, interrupted when
-        self.has_terminal = os.isatty(2)
         self.totals: dict[str, float] = dict.fromkeys(TOTALS, 0)
 
     def run(self) -> None:
