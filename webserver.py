@@ -213,26 +213,22 @@ class Stream:
 
     # ClientGoneError: there is no client any more. ClientSilentError: nothing has come for the timeout, or less than
     # `Pace` asks for, or, while others wait for a process, nothing for a second.
-    __slots__ = ("buffer", "pace", "preface", "previous_head", "rest_timeout", "slot", "sock", "start", "timeout")
+    __slots__ = ("buffer", "pace", "preface", "previous_head", "rest_timeout", "slot", "sock", "timeout")
 
     def __init__(self, sock: Any, slot: Slot, timeout: float) -> None:
         self.sock, self.slot, self.timeout = sock, slot, timeout
         self.preface: Callable[[float | None], None] | None = None  # receives what precedes HTTP on a new connection
         self.rest_timeout = 0.0  # seconds that a connection at rest stays here, where nobody else could hold it
-        self.buffer, self.start = b"", 0  # what was received, and where the part begins that is not consumed
+        self.buffer = b""  # what was received and not consumed yet
         self.previous_head = b""  # clients repeat their heads
         self.pace: Pace | None = None  # of the request in hand, once its client was waited for
 
-    def has_more(self) -> bool:
-        """Return whether bytes are here that were not consumed."""
-        return self.start != len(self.buffer)
-
-    def receive_at_rest(self, deadline: float | None) -> bytes:
-        """Return the first bytes of a request; OSError as the socket raises it, BlockingIOError if none come."""
+    def receive_at_rest(self, deadline: float | None) -> None:
+        """Receive the first bytes of a request; OSError as the socket raises it, BlockingIOError if none come."""
         self.pace = None
         while True:
             try:
-                received: bytes = self.sock.recv(RECEIVE_SIZE)
+                received = self.sock.recv(RECEIVE_SIZE)
                 break
             except BlockingIOError:  # a second has passed
                 now = self.slot.mark_silent()
@@ -241,7 +237,7 @@ class Stream:
                     raise
         if not received:
             raise ClientGoneError(0)
-        return received
+        self.buffer += received
 
     def receive_more(self, deadline: float | None = None) -> bool:
         """Add what the client sends next to the buffer; return False if it has ended its side."""
@@ -251,30 +247,38 @@ class Stream:
                 received = self.sock.recv(RECEIVE_SIZE)
                 break
             except BlockingIOError:
-                if self.slot.is_pressed() or time.monotonic() >= (deadline or began + self.timeout):
+                if self.slot.is_told(PRESSED) or time.monotonic() >= (deadline or began + self.timeout):
                     raise ClientSilentError from None
             except OSError as error:
                 raise ClientGoneError(0) from error
         self.pace = self.pace or Pace()
-        self.pace.add(self.slot.mark_progress() - began, len(received), self.slot.is_pressed())
-        self.buffer, self.start = self.buffer[self.start :] + received, 0
+        self.pace.add(self.slot.mark_progress() - began, len(received), self.slot.is_told(PRESSED))
+        self.buffer += received
         return bool(received)
+
+    def receive_by(self, deadline: float, what: str) -> None:
+        """Receive more of what must be complete by the deadline; HTTPError if the client is late or has closed."""
+        try:
+            if time.monotonic() >= deadline:  # before a wait: a client that always sends one more byte ends none
+                raise ClientSilentError
+            require(self.receive_more(deadline), 400, "the client closed inside the " + what)
+        except ClientSilentError:
+            raise HTTPError(408, "the %s was not complete in time" % what) from None
 
     def receive_into(self, view: memoryview) -> int:
         """Fill the view with bytes not consumed yet, or else with new ones; return their number, 0 at the end."""
-        if not self.has_more():
+        if not self.buffer:
             self.receive_more()
-        taken = self.buffer[self.start : self.start + len(view)]
-        self.start += len(taken)
+        taken, self.buffer = self.buffer[: len(view)], self.buffer[len(view) :]
         view[: len(taken)] = taken
         return len(taken)
 
     def read_line(self, limit: int, excess: str = "too long a line in the chunked body") -> bytes:
         """Return the next line without its CRLF (RFC 9112 §2.2); HTTPError, at once, if it is too long or has none."""
-        while (end := self.buffer.find(b"\n", self.start, self.start + limit + 2)) < 0:
-            require(self.buffer[self.start + limit : self.start + limit + 2] in (b"", b"\r"), 400, excess)
+        while (end := self.buffer.find(b"\n", 0, limit + 2)) < 0:
+            require(self.buffer[limit : limit + 2] in (b"", b"\r"), 400, excess)
             require(self.receive_more(), 400, "the client closed inside the chunked body")
-        line, self.start = self.buffer[self.start : end], end + 1
+        line, self.buffer = self.buffer[:end], self.buffer[end + 1 :]
         require(line.endswith(b"\r"), 400, "a bare LF in the chunked body")
         return line[:-1]
 
@@ -310,21 +314,21 @@ class Stream:
                 deadline = now + self.timeout
             elif now >= deadline:
                 raise ClientSilentError
-            pace.add(now - began, taken, self.slot.is_pressed())
+            pace.add(now - began, taken, self.slot.is_told(PRESSED))
 
     def linger(self) -> None:
         """End our side, then drop what still comes: to close with bytes unread resets the answer (RFC 9112 §9.6)."""
         began = heard = time.monotonic()
         with suppress(OSError, ClientSilentError):  # gone: it is over
             self.sock.shutdown(socket.SHUT_WR)
-            while (now := self.slot.mark_silent()) < began + LINGER_TIMEOUT:
-                is_calm = not self.slot.orders[0]  # else there is no time but for what is here already
+            while self.slot.mark_silent() < min(began + LINGER_TIMEOUT, heard + LINGER_SILENCE):
+                is_hasty = self.slot.orders[0] != 0  # there is no time but for what is here already
                 try:
-                    if not self.sock.recv(RECEIVE_SIZE, 0 if is_calm else DONT_WAIT):
+                    if not self.sock.recv(RECEIVE_SIZE, DONT_WAIT if is_hasty else 0):
                         return
-                    heard = now
+                    heard = time.monotonic()
                 except BlockingIOError:
-                    if not is_calm or now >= heard + LINGER_SILENCE - TICK:
+                    if is_hasty:
                         return
 
     def reset_on_close(self, is_wanted: bool) -> None:
@@ -384,34 +388,23 @@ class Request(NamedTuple):
 
 def read_head(stream: Stream, deadline: float | None) -> bytes:
     """Return the next head with its empty line; HTTPError if it cannot be good, or is not whole by the deadline."""
-    if not stream.has_more():
-        stream.buffer, stream.start = stream.receive_at_rest(deadline), 0
+    if not stream.buffer:
+        stream.receive_at_rest(deadline)
         if stream.buffer == stream.previous_head:  # the same once more: 10 % faster than to search it and hash it again
-            stream.start = len(stream.buffer)
+            stream.buffer = b""
             return stream.previous_head
-    while stream.buffer[stream.start : stream.start + 3] in (b"\r", b"\r\n"):  # old clients send it behind a body
+    while stream.buffer[:3] in (b"\r", b"\r\n"):  # old clients send it behind a body
         if deadline and time.monotonic() >= deadline:
             raise ClientGoneError(0)
-        stream.buffer, stream.start = stream.buffer[stream.start :] + stream.receive_at_rest(deadline), 0
-    if (end := stream.buffer.find(b"\r\n\r\n", stream.start) + 4) < 4:
-        end = receive_head(stream, deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout))
-    stream.previous_head, stream.start = stream.buffer[stream.start : end], end
-    return stream.previous_head
-
-
-def receive_head(stream: Stream, deadline: float) -> int:
-    """Receive the rest of a head; return where in the buffer it ends."""
-    stream.buffer, stream.start, checked = stream.buffer[stream.start :], 0, 0
+        stream.receive_at_rest(deadline)
+    checked = 0
     while (end := stream.buffer.find(b"\r\n\r\n", max(checked - 3, 0)) + 4) < 4:
+        deadline = deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout)
         check_partial_head(stream.buffer, checked)
         checked = len(stream.buffer)
-        try:
-            if time.monotonic() >= deadline:  # before a wait: a client that always sends one more byte ends none
-                raise ClientSilentError
-            require(stream.receive_more(deadline), 400, "the client closed inside the head")
-        except ClientSilentError:
-            raise HTTPError(408, "the head was not complete in time") from None
-    return end
+        stream.receive_by(deadline, "head")
+    stream.previous_head, stream.buffer = stream.buffer[:end], stream.buffer[end:]
+    return stream.previous_head
 
 
 def is_worth_reading(data: bytes, checked: int) -> bool:
@@ -568,8 +561,7 @@ class Body(io.RawIOBase):
         self.remaining = request.length or 0  # of the body, or of the chunk in hand
         self.limit = limit - self.remaining  # what further chunks may hold
         self.awaits_continue = request.expects_continue  # until we send anything or the client does
-        self.ahead = b""  # what `add_input` has read, for the application to read first,
-        self.is_untouched = False  # which it has not done
+        self.untouched = 0  # what remained of a chunk when the application was called, of a body to be streamed
         self.failure: tuple[int, str] | None = None  # not the exception, whose frames refer to this body
         self.extensions = 0  # bytes of chunk extensions so far
         self.is_behind_chunk = False  # the line end behind a chunk is still to come
@@ -581,34 +573,26 @@ class Body(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Of RawIOBase: fill the buffer with the next bytes, return their number, 0 at the end of the body."""
-        if self.ahead:
-            self.is_untouched = False
-            taken, self.ahead = self.ahead[: len(buffer)], self.ahead[len(buffer) :]
-            buffer[: len(taken)] = taken
-            return len(taken)
-        if not self.failure:
-            try:
-                return self.receive_into(buffer)
-            except ClientSilentError:
-                self.failure = (408, "the message body did not arrive in time")
-            except HTTPError as error:
-                self.failure = error.args
+        if self.failure:
+            raise HTTPError(*self.failure)
+        try:
+            if self.awaits_continue:
+                self.awaits_continue = False
+                if not self.stream.buffer:  # else its body comes already (RFC 9110 §10.1.1)
+                    self.stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            if self.is_chunked and not self.remaining:
+                self.read_chunk_line()
+            if not self.remaining:
+                return 0
+            received = self.stream.receive_into(memoryview(buffer)[: self.remaining])
+            require(received, 400, "the client closed inside the message body")
+            self.remaining -= received
+            return received
+        except ClientSilentError:
+            self.failure = (408, "the message body did not arrive in time")
+        except HTTPError as error:
+            self.failure = error.args
         raise HTTPError(*self.failure)
-
-    def receive_into(self, buffer: Any) -> int:
-        """Fill the buffer from the stream; return 0 at the end of the body."""
-        if self.awaits_continue:
-            self.awaits_continue = False
-            if not self.stream.has_more():  # else its body comes already (RFC 9110 §10.1.1)
-                self.stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self.is_chunked and not self.remaining:
-            self.read_chunk_line()
-        if not self.remaining:
-            return 0
-        received = self.stream.receive_into(memoryview(buffer)[: self.remaining])
-        require(received, 400, "the client closed inside the message body")
-        self.remaining -= received
-        return received
 
     def read_chunk_line(self) -> None:
         """Read the end of the chunk before, the line before the next, and what follows the last (RFC 9112 §7.1)."""
@@ -637,13 +621,15 @@ class Body(io.RawIOBase):
             content += self.read(RECEIVE_SIZE)
         if was_chunked and not self.is_chunked:
             environ["wsgi.input"], environ["CONTENT_LENGTH"] = io.BytesIO(content), str(len(content))
-        else:
-            environ["wsgi.input"], self.ahead = io.BufferedReader(self, RECEIVE_SIZE), bytes(content)
-            self.is_untouched = was_chunked
+            return
+        environ["wsgi.input"] = io.BufferedReader(self, RECEIVE_SIZE)
+        if content:  # to be read once more, as the rest of the chunk in hand
+            self.stream.buffer = bytes(content) + self.stream.buffer
+            self.remaining = self.untouched = self.remaining + len(content)
 
     def check_use(self) -> None:
         """Say what to do if the application has ended without a look at a streamed body."""
-        if self.is_untouched:
+        if self.untouched and self.untouched == self.remaining:
             size = "a chunked body of more than %d bytes" % self.buffered
             log_throttled("the application has read nothing of %s: raise --buffer-chunked for it" % size)
 
@@ -652,9 +638,9 @@ class Body(io.RawIOBase):
         if self.awaits_continue or self.failure:
             return False
         left, waste = MAX_DRAINED, bytearray(RECEIVE_SIZE)
-        with suppress(HTTPError, ClientSilentError):  # the response is out and was right; the close tells the rest
+        with suppress(HTTPError):  # the response is out and was right; the close tells the rest
             while left >= self.remaining:
-                if not (received := self.receive_into(waste)):
+                if not (received := self.readinto(waste)):
                     return True
                 left -= received
         return False
@@ -721,16 +707,21 @@ def run_application(application: Application, environ: Environ, response: Respon
             response.head = parse_response_head(status, tuple(response_headers))
         except TypeError:
             raise TypeError("not a status and a list of (name, value): %r, %r" % (status, response_headers)) from None
-        return response.write
+        return response.send  # (PEP 3333, "The write() Callable")
 
     blocks = application(environ, start_response)
     try:
         if isinstance(blocks, (list, tuple)):
             response.send(b"".join(blocks), is_last=True)  # all there is: its length can be told
-        elif isinstance(blocks, FileWrapper) and response.send_file(blocks.file):
-            response.send(b"", is_last=True)
+        elif blocks is None or isinstance(blocks, (str, bytes)):  # whose parts are no blocks
+            raise TypeError("the application returned a %s: return a list of bytes" % type(blocks).__name__)
         else:
-            response.send_blocks(blocks)
+            if not (isinstance(blocks, FileWrapper) and response.send_file(blocks.file)):
+                for block in blocks:  # each is sent at once (PEP 3333, "Buffering and Streaming")
+                    response.send(block)
+                    if response.drops_blocks:
+                        break
+            response.send(b"", is_last=True)
     finally:
         if hasattr(blocks, "close"):
             blocks.close()
@@ -774,24 +765,10 @@ class Response:
         self.drops_blocks = False  # the rest of what the application gives: there is no body, or it is too long
         self.is_complete = False
 
-    def write(self, block: bytes) -> None:
-        """Send a block of the body (PEP 3333, "The write() Callable")."""
-        if self.is_complete:
-            raise AssertionError("write() was called after the end of the response")
-        self.send(block)
-
-    def send_blocks(self, blocks: Iterable[bytes]) -> None:
-        """Send all blocks, each at once (PEP 3333, "Buffering and Streaming")."""
-        if blocks is None or isinstance(blocks, (str, bytes)):  # whose parts are no blocks
-            raise TypeError("the application returned a %s: return a list of bytes" % type(blocks).__name__)
-        for block in blocks:
-            self.write(block)
-            if self.drops_blocks:
-                break
-        self.send(b"", is_last=True)
-
     def send(self, block: bytes, is_last: bool = False) -> None:
         """Send a block of the body, with the head before the first, and with what ends the body behind the last."""
+        if self.is_complete:
+            raise AssertionError("write() was called after the end of the response")
         if not isinstance(block, bytes):
             raise TypeError("a block of the body is not bytes: %.100r" % (block,))
         before, behind, framing = b"", b"", self.framing
@@ -842,9 +819,7 @@ class Response:
         self.stream.send(head)
         # To read and send was 1.4 times as fast as sendfile(2) over loopback on Linux 6.18, and took less processor.
         while block := os.pread(fd, int(min(framing.length - self.sent, FILE_BLOCK_SIZE)), offset + self.sent):
-            self.stream.send(block)
-            self.sent += len(block)
-            self.stream.slot.mark_progress()
+            self.send(block)
         return True
 
     def frame(self, size: int | None) -> tuple[Framing, bytes]:
@@ -857,10 +832,11 @@ class Response:
             self.is_closing |= self.body.awaits_continue  # the body may come or not
             self.body.awaits_continue = False
         slot = self.stream.slot
-        if slot.orders[0]:  # under pressure, a client that has sent more requests already must queue for them
-            self.is_closing |= slot.is_stopping() or (slot.is_pressed() and not self.body and self.stream.has_more())
+        if slot.orders[0] & (STOPPING | PRESSED):
+            # Under pressure, a client that has sent more requests already must queue for them.
+            self.is_closing |= slot.is_told(STOPPING) or bool(self.stream.buffer and not self.body)
         if self.stream.rest_timeout:  # nobody else could go on with this connection
-            self.is_closing |= slot.is_pressed() or slot.must_leave()
+            self.is_closing |= slot.is_told(PRESSED) or slot.must_leave(time.monotonic())
         framing = make_framing(self.head, self.request.method, self.request.version, size, self.is_closing)
         self.framing, self.is_closing, self.drops_blocks = framing, framing.is_closing, not framing.has_body
         if framing.is_ended_by_close:
@@ -961,17 +937,17 @@ def serve_connection(
         slot.mark_silent()
         while serve_request(application, options, stream, environ, deadline):
             deadline = None
-            if not (slot.may_wait() or stream.has_more() or stream.rest_timeout):
+            if not (slot.may_wait() or stream.buffer or stream.rest_timeout):
                 raise ClientSilentError
-        stream.sock.shutdown(socket.SHUT_WR)  # the end for the client, if a process of the application holds a copy
     except (ClientSilentError, BlockingIOError):
-        if stream.sock is sock:
+        if stream.sock is sock:  # else it is a TLS session, which no other process could go on with
             return True
     except (ClientGoneError, OSError):
         pass
-    if stream.sock is not sock:  # a TLS session, which no other process could go on with: tell its end
-        with suppress(OSError):
-            stream.sock.shutdown(socket.SHUT_WR)
+    try:
+        stream.sock.shutdown(socket.SHUT_WR)  # the end for the client, if a process of the application holds a copy
+    except OSError:
+        pass  # the client has gone
     sock.close()
     return False
 
@@ -998,12 +974,12 @@ def serve_request(
         # Step 3: call the application and send what it gives.
         run_application(application, environ, response)
     except BaseException as error:  # SystemExit in an application is an error like any other
-        if not slot.is_own() or (options.no_fork and isinstance(error, KeyboardInterrupt)):
+        if slot.pid != os.getpid() or (options.no_fork and isinstance(error, KeyboardInterrupt)):
             raise  # in a process that the application has forked, or to the debugger
         if not response:
             if isinstance(error, (ClientSilentError, ClientGoneError, OSError)):
                 raise  # between two requests
-            response = Response(stream, make_unread_request(head or stream.buffer[stream.start :]), True)
+            response = Response(stream, make_unread_request(head or stream.buffer), True)
         # Step 4: answer what went wrong.
         detail = recover(response, error)
     # Step 5: log it, and leave the connection in a state in which the next request can be read, or end it.
@@ -1013,7 +989,7 @@ def serve_request(
     if not (detail or response.is_closing) and (body is None or body.drain()):
         return True
     # Only who wanted the close and whose bytes were all read needs no time for what it may still send.
-    if detail or stream.has_more() or response.request.is_persistent or (body and (body.is_chunked or body.remaining)):
+    if detail or stream.buffer or response.request.is_persistent or (body and (body.is_chunked or body.remaining)):
         stream.linger()
     return False
 
@@ -1041,7 +1017,7 @@ def recover(response: Response, error: BaseException) -> str:
         elif response.framing and response.framing.is_ended_by_close and not response.is_complete:
             response.stream.sock.close()  # by a reset: a plain end would mean that the body is complete
     if isinstance(error, MemoryError):
-        response.stream.slot.mark_leaving()
+        response.stream.slot.retire()  # what this process holds would not become less
     if not isinstance(error, (HTTPError, ClientGoneError)):  # last: to format it may take long, or fail
         response.stream.slot.mark_progress()
         log_exception(error, response.request.line)
@@ -1223,8 +1199,7 @@ def open_listener(bind: str, mode: str) -> socket.socket:
             listener.set_inheritable(False)
         else:
             listener = bind_tcp(host.strip("[]"), int(port))
-        if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            listener.listen(BACKLOG)
+        listener.listen(BACKLOG)
     except OSError as error:
         advice = ADVICE.get(error.errno or 0, "")
         raise StartError("cannot listen on %s: %s%s" % (bind, error.strerror or error, advice)) from None
@@ -1264,12 +1239,9 @@ def bind_unix(path: str, mode: str) -> socket.socket:
             probe.settimeout(TICK)
             if probe.connect_ex(path) == errno.ECONNREFUSED:  # else somebody may listen: let bind say what is wrong
                 os.unlink(path)
-    umask = os.umask(0o777 & ~int(mode, 8)) if mode else None  # before the first client can connect
-    try:
-        listener.bind(path)
-    finally:
-        if umask is not None:
-            os.umask(umask)
+    listener.bind(path)
+    if mode:  # before it listens, and so before the first client can connect
+        os.chmod(path, int(mode, 8))
     return listener
 
 
@@ -1350,17 +1322,10 @@ class Scoreboard:
 class Slot:
     """Owns a place on the scoreboard, in which the process that serves says what it does."""
 
-    __slots__ = (
-        "board", "client", "index", "leave_by", "look_at", "memo", "orders", "parent", "pid", "requests", "since",
-        "write",
-    )  # fmt: skip
-
-    def __init__(self, board: Scoreboard, is_one_of_many: bool = True) -> None:
+    def __init__(self, board: Scoreboard) -> None:
         self.client, self.requests, self.look_at = b"", 0, 0.0
         self.memo = b""  # what a PROXY header has told of the connection in hand
         self.attach(board, 0, os.getpid())
-        if not is_one_of_many:  # processes: this one never waits for a client, or all others would wait, too
-            self.leave_by[0] = UNBOUNDED
 
     def attach(self, board: Scoreboard, index: int, pid: int) -> None:
         """Have this place from now on, for the process with this pid."""
@@ -1393,48 +1358,36 @@ class Slot:
         now = self.since[self.index] = time.monotonic()
         return now
 
-    def is_stopping(self) -> bool:
-        """Return whether the server stops: connections end with their next response."""
-        return bool(self.orders[0] & STOPPING)
+    def retire(self, deadline: float = UNBOUNDED) -> None:
+        """Have this process leave after its connection, by this time at the latest."""
+        self.leave_by[self.index] = min(self.leave_by[self.index] or deadline, deadline)
 
-    def is_pressed(self) -> bool:
-        """Return whether requests wait and no child is to be had."""
-        return bool(self.orders[0] & PRESSED)
+    def is_told(self, order: int) -> bool:
+        """Return whether the parent has given this order."""
+        return bool(self.orders[0] & order)
 
-    def mark_leaving(self) -> None:
-        """This process leaves after its connection: what it holds would not become less."""
-        self.leave_by[self.index] = self.leave_by[self.index] or UNBOUNDED
-
-    def must_leave(self) -> bool:
-        """Return whether this process was told to leave."""
-        return self.leave_by[self.index] != 0
-
-    def is_retiring(self) -> bool:
+    def must_leave(self, now: float) -> bool:
         """Return whether this process must leave, because it was told so or because its parent is dead."""
-        return self.must_leave() or os.getppid() != self.parent
-
-    def is_own(self) -> bool:
-        """Return whether this is still the process that serves, and not one that the application has forked from it."""
-        return self.pid == os.getpid()
-
-    def may_keep(self) -> bool:
-        """Return whether a connection at rest may stay that no other process could go on with: also after a reload."""
-        if self.may_wait():
-            return True
-        is_in_time = time.monotonic() + TICK < self.leave_by[self.index] < UNBOUNDED
-        return is_in_time and not self.orders[0] & (PRESSED | STOPPING)
-
-    def may_wait(self) -> bool:
-        """The request is done: return whether the next one may be waited for; give way to a parent that must fork."""
-        now, orders = time.monotonic(), self.orders[0]
-        self.since[self.index] = -now
-        if orders & WANTED:
-            give_way()  # the parent competes with all busy children, and newcomers wait for it
         if now > self.look_at:  # getppid(2) after each request would cost 3 %
             self.look_at = now + TICK
             if os.getppid() != self.parent:
-                self.leave_by[self.index] = now
-        return not (self.leave_by[self.index] or orders & PRESSED)
+                self.retire(now)
+        return self.leave_by[self.index] != 0
+
+    def may_keep(self) -> bool:
+        """Return whether a connection at rest may stay that no other process could go on with: also after a reload."""
+        now = time.monotonic()
+        if not self.must_leave(now):
+            return not self.is_told(PRESSED)
+        is_in_time = now + TICK < self.leave_by[self.index] < UNBOUNDED
+        return is_in_time and not self.is_told(PRESSED | STOPPING)
+
+    def may_wait(self) -> bool:
+        """The request is done: return whether the next one may be waited for; give way to a parent that must fork."""
+        orders, now = self.orders[0], self.mark_silent()
+        if orders & WANTED:
+            give_way()  # the parent competes with all busy children, and newcomers wait for it
+        return not (orders & PRESSED or self.must_leave(now))
 
 
 # ---- 12. Child --------------------------------------------------------------
@@ -1448,20 +1401,23 @@ class Slot:
 
 Service = Callable[[socket.SocketType, Any, Slot, "float | None"], bool]
 DEADLINE, DESCRIPTOR = struct.Struct("d"), struct.Struct("i")
-DONE, BACK = b"done", b"back\n"  # the last message of a child; what is given back, with a memo for each descriptor
+BACK = b"back\n"  # and behind it a memo for each descriptor that is given back
 MAX_DESCRIPTORS = 253  # in one message: SCM_MAX_FD of Linux
 RIGHTS = socket.SOL_SOCKET, socket.SCM_RIGHTS
 CLOSE_ON_EXEC, CUT_OFF = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0)), int(socket.MSG_CTRUNC)
 
 
 class Channel:
-    """Owns a pair of sockets through which processes send messages, with descriptors or without."""
+    """Owns a pair of sockets, new or inherited, through which processes send messages, with descriptors or without."""
 
-    def __init__(self, receiver: socket.socket, sender: socket.socket) -> None:
-        self.receiver, self.sender = receiver, sender
-        receiver.setblocking(True)
-        sender.setblocking(False)
-        set_clock(receiver)
+    # macOS has no SOCK_SEQPACKET, but its datagrams between two sockets stay in order, too.
+    KIND = socket.SOCK_DGRAM if sys.platform == "darwin" else socket.SOCK_SEQPACKET
+
+    def __init__(self, *ends: socket.socket) -> None:
+        self.receiver, self.sender = ends or socket.socketpair(socket.AF_UNIX, self.KIND)
+        self.receiver.setblocking(True)
+        self.sender.setblocking(False)
+        set_clock(self.receiver)
 
     def send(self, message: bytes, *fds: int) -> None:
         """Send a message; BlockingIOError if there is no room for it, another OSError if nobody will receive it."""
@@ -1475,12 +1431,6 @@ class Channel:
         return message, rights[0][2] if rights else b""
 
 
-def make_channel() -> Channel:
-    """Return a new channel; macOS has no SOCK_SEQPACKET, but its datagrams between two sockets stay in order, too."""
-    kind = socket.SOCK_DGRAM if sys.platform == "darwin" else socket.SOCK_SEQPACKET
-    return Channel(*socket.socketpair(socket.AF_UNIX, kind))
-
-
 def wait_readable(sock: socket.SocketType, seconds: float) -> bool:
     """Wait so many seconds at most until there is something to receive; return whether there is."""
     poller = select.poll()  # not select(2): that ends at descriptor 1023
@@ -1492,10 +1442,12 @@ class Child:
     """Owns the life of a serving process, from fork to exit. The parent makes it, and each fork has a copy of it."""
 
     def __init__(self, serve: Service, family: int, mailbox: Channel, board: Scoreboard, options: Options) -> None:
-        self.serve_connection, self.family, self.queue, self.mailbox = serve, family, make_channel(), mailbox
+        self.serve_connection, self.family, self.queue, self.mailbox = serve, family, Channel(), mailbox
         self.options = options
         self.connections = options.connections_per_child  # at hand: what is looked up costs each fork some pages
-        self.slot = Slot(board, is_one_of_many=not options.no_fork)
+        self.slot = Slot(board)
+        if options.no_fork:  # nobody else serves: this process never waits for a client, or all others would, too
+            self.slot.retire()
         self.sock: socket.SocketType | None = None  # the connection in hand
         self.interrupted = 0.0  # since when the wait or the work lasted that was interrupted: once is enough
 
@@ -1519,69 +1471,61 @@ class Child:
         """Take connections out of the queue and serve them, as many as this process may."""
         left = self.connections  # 0 never comes to 0 again
         while taken := self.receive_connection():
-            if self.serve(*taken):
-                self.give_back(taken[0])
+            self.serve(*taken)
             left -= 1
-            if left == 0 or self.slot.must_leave():
-                break
+            if left == 0 or self.slot.must_leave(time.monotonic()):
+                return
             self.slot.mark_waiting(True)
         self.slot.mark_waiting(False)
-        if not self.slot.orders[0] & WANTED:  # else the parent forks anyway
-            try:  # `suppress` would cost each fork some pages more
-                self.mailbox.send(DONE)
-            except OSError:
-                pass  # the parent is dead, or has much to read
 
     def receive_connection(self) -> tuple[socket.SocketType, float] | None:
         """Return the next connection, and by when its head must be complete; None if this child is to leave."""
         while True:
             try:
                 message, rights = self.queue.receive()
+                break
             except BlockingIOError:  # a second has passed
-                if not self.slot.is_retiring():
-                    continue
-                return None
+                if self.slot.must_leave(time.monotonic()):
+                    return None
             except OSError:  # it was closed: a process that the application has forked
                 return None
-            if not rights:  # asked to leave, or the end of the queue
-                return None
-            self.slot.mark_waiting(False, taken=1)
-            sock = socket.SocketType(self.family, STREAM, 0, DESCRIPTOR.unpack(rights)[0])
-            if sock.gettimeout() is not None:  # an application has set a default: the clock would mean nothing
-                sock.setblocking(True)
-            self.slot.memo = message[DEADLINE.size :]
-            return sock, DEADLINE.unpack_from(message)[0]
+        if not rights:  # asked to leave, or the end of the queue
+            return None
+        self.slot.mark_waiting(False, taken=1)
+        sock = socket.SocketType(self.family, STREAM, 0, DESCRIPTOR.unpack(rights)[0])
+        if sock.gettimeout() is not None:  # an application has set a default: the clock would mean nothing
+            sock.setblocking(True)
+        self.slot.memo = message[DEADLINE.size :]
+        return sock, DEADLINE.unpack_from(message)[0]
 
-    def serve(self, sock: socket.SocketType, deadline: float | None = None) -> bool:
-        """Serve a connection; return whether it is at rest, and so to be given back."""
+    def serve(self, sock: socket.SocketType, deadline: float | None) -> None:
+        """Serve a connection until it ends, or is at rest and the parent has it back."""
         self.sock = sock
         try:
             address = sock.getpeername()
         except OSError:  # it was reset: nobody would get the answer
             sock.close()
-            return False
+            return
         self.slot.client = address[0].encode() if isinstance(address, tuple) else b"unix"
-        return self.serve_connection(sock, address, self.slot, deadline)
+        while self.serve_connection(sock, address, self.slot, deadline) and not self.give_back(sock):
+            deadline = None  # the mailbox is full: the client is waited for once more
 
-    def give_back(self, sock: socket.SocketType) -> None:
-        """Send a connection at rest to the parent; as long as its mailbox is full, go on serving it."""
-        while True:
-            try:
-                self.mailbox.send(BACK + self.slot.memo, sock.fileno())
-                break
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS):
-                    break  # the parent is dead
+    def give_back(self, sock: socket.SocketType) -> bool:
+        """Send a connection at rest to the parent, and close it here; return False if the mailbox is full."""
+        try:
+            self.mailbox.send(BACK + self.slot.memo, sock.fileno())
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS):
                 log_throttled("cannot give a connection at rest back: %s" % error.strerror)
-            self.slot.mark_silent()
-            if wait_readable(sock, TICK) and not self.serve(sock):
-                return
+                return False
+            # Else the parent is dead.
         sock.close()
+        return True
 
     def on_signal(self, signum: int) -> None:
         """Handle a signal. SIGINT is none of a child's business: a terminal sends it to all, and the parent decides."""
         if signum == signal.SIGTERM:
-            self.slot.leave_by[self.slot.index] = time.monotonic() + self.options.graceful_timeout
+            self.slot.retire(time.monotonic() + self.options.graceful_timeout)
         elif signum == signal.SIGALRM:
             since = self.slot.since[self.slot.index]
             if since in (0.0, self.interrupted) or time.monotonic() - abs(since) <= self.options.timeout:
@@ -1603,10 +1547,9 @@ def exit_child(status: int) -> NoReturn:
     try:
         if "threading" in sys.modules:
             sys.modules["threading"]._shutdown()  # what CPython itself calls at its end; there is no public name
-        run_exit_handlers()
-        flush_output()
+        exit_at_once(status)
     finally:
-        os._exit(status)
+        os._exit(status)  # whatever an exit handler has done
 
 
 def flush_output() -> None:
@@ -1670,20 +1613,17 @@ class Reactor:
         self.resting: dict[int, Connection] = {}  # by descriptor, the longest at rest first
         self.ready: deque[Connection] = deque()  # for a child
         self.peeked = memoryview(bytearray(MAX_HEAD + 4))  # enough to see that a head is too large
-        self.is_child_done = False
         self.selector: Any = selectors.DefaultSelector()
         self.selector.register(mailbox.receiver, selectors.EVENT_READ, self.take_back)
         self.selector.register(listener.sock, selectors.EVENT_READ, self.accept)
 
-    def wait(self, seconds: float) -> bool:
-        """Sleep until something happens, so many seconds at most, and sort it; return whether a child is done."""
-        self.is_child_done = False
+    def wait(self, seconds: float) -> None:
+        """Sleep until something happens, so many seconds at most, and sort it."""
         for key, _ in self.selector.select(seconds):
             if key.data:
                 key.data()  # take_back or accept
             elif connection := self.resting.get(key.fd):  # else it was closed meanwhile, for a newcomer
                 self.look_at(connection)
-        return self.is_child_done
 
     def accept(self) -> bool:
         """Accept who waits in the kernel's queue; return whether there is room for more, else pause."""
@@ -1718,10 +1658,8 @@ class Reactor:
         return connection is not None
 
     def drop(self, connection: Connection) -> None:
-        """Close a connection: its client sees the end, also if a process that was forked meanwhile holds a copy."""
+        """Close a connection."""
         self.forget(connection)
-        with suppress(OSError):
-            connection.sock.shutdown(socket.SHUT_RDWR)
         connection.sock.close()
 
     def look_at(self, connection: Connection) -> None:
@@ -1765,16 +1703,10 @@ class Reactor:
             self.selector.unregister(connection.sock)
 
     def take_back(self) -> None:
-        """Receive the connections that are given back, by the mailbox, up to a message of another kind."""
-        while True:
-            try:
-                message, rights = self.mailbox.receive(DONT_WAIT)
-            except BlockingIOError:
-                return
-            if not rights:
-                self.is_child_done |= message == DONE  # else it is a signal's number
-                return
-            self.hold(message, rights)
+        """Receive the connections that are given back, by the mailbox, up to the number of a signal."""
+        with suppress(BlockingIOError):
+            while (received := self.mailbox.receive(DONT_WAIT))[1]:
+                self.hold(*received)
 
     def hold(self, message: bytes, rights: bytes) -> None:
         """Hold connections that were silent for a TICK and come with this message."""
@@ -1818,7 +1750,7 @@ KILL_AFTER = 5.0  # seconds from the signal that interrupts a request to the one
 ALARM_SLACK = 0.25  # seconds beyond the timeout until the parent interrupts a request,
 CLIENT_SLACK = 3.0  # and a wait for the client, whose end a child sees by itself, once in a TICK
 LAST_CALL = 1.0  # seconds that a connection at rest is given, when it must go, for a request that may be under way
-FORK_DELAY = 0.01  # seconds from the moment that no child is spare to the fork of the next, if none is done before
+FORK_DELAY = 0.01  # seconds from the moment that no child is spare to the fork of the next, if none is reaped before
 FAIR_ORDER_EVERY = 0.05  # seconds: to look at who is at work takes time
 TOTALS = "forks", "reaped", "crashes", "timeouts", "requests", "ms of processor"
 ADVICE_AFTER, EXPENSIVE, FEW_REQUESTS = 100, 20.0, 4  # processes; ms of processor for each; requests for each
@@ -1841,7 +1773,6 @@ class Signals:
         self.handlers: dict[int, Any] = {}  # as they were before
         self.detach: Callable[[], None] | None = None  # what a process has to call that the application has forked
         self.masks: dict[int, Any] = {}  # by the thread in which the application forks: what was blocked before
-        self.own_thread = 0  # the thread in which a child of ours is being forked
         os.register_at_fork(before=self.block, after_in_parent=self.unblock, after_in_child=self.leave)
 
     def catch(self, *signums: int) -> None:
@@ -1869,17 +1800,9 @@ class Signals:
                 signal.signal(signum, handler or signal.SIG_DFL)
         self.detach = None
 
-    def fork(self) -> int:
-        """Fork a child of ours: return its pid, 0 in the child. OSError as from os.fork."""
-        self.own_thread = get_ident()
-        try:
-            return os.fork()
-        finally:
-            self.own_thread = 0
-
     def block(self) -> None:
         """Before the application forks: let signals wait."""
-        if self.detach and get_ident() != self.own_thread:
+        if self.detach:
             self.masks[get_ident()] = None  # from here on nothing is raised
             self.masks[get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
@@ -1890,7 +1813,7 @@ class Signals:
 
     def leave(self) -> None:
         """In the process that it has forked: give up what is the server's."""
-        if self.detach and get_ident() in self.masks:
+        if self.detach:
             self.detach()
             self.release()
             self.unblock()
@@ -1976,17 +1899,16 @@ class Parent:
         self.child, self.reactor, self.signals, self.options = child, reactor, signals, options
         self.board, self.queue = child.slot.board, Queue(child.queue, child.slot.board)
         self.reload = Reload(options, signals, reactor, self.queue)
-        for slot in self.board.children.values():  # they may have waited for the mailbox while the new code was loaded
-            self.board.leave_by[slot] = max(self.board.leave_by[slot], time.monotonic() + CLIENT_SLACK)
+        signals.detach = None  # what is forked from here on are children, until one of them says otherwise
         # A reload keeps the size of the board; and the cap is less where the system does not allow so many.
         self.most = self.cap = min(options.max_children, len(self.board.pids))
         self.fork_at: float | None = 0.0  # when the next child is to be forked; None: when there is a reason
         self.put_in_before = 0  # how many requests there were when that was decided
         self.fork_again_at = self.fork_pause = 0.0  # no fork before, since children have died before they served
         self.tick_at = self.stop_at = 0.0  # when `watch` is due; when listening ends, 0 until a stop is asked for
-        self.is_over = self.is_advised = False  # all has ended; what processes cost was said
+        self.grace = options.graceful_timeout  # seconds from then on for what is in hand
+        self.is_over, self.has_terminal = False, os.isatty(2)  # all has ended; there is one that may be closed
         self.told: dict[int, tuple[float, float]] = {}  # by slot: no progress since when, interrupted when
-        self.has_terminal = signals.handlers.get(signal.SIGHUP) != signal.SIG_IGN and can_open_terminal()
         self.totals: dict[str, float] = dict.fromkeys(TOTALS, 0)
 
     def run(self) -> None:
@@ -2000,8 +1922,7 @@ class Parent:
             until = self.keep_spare(now, spare)
             # Step 3: sleep until a client, a child or a signal wants something. Those that are at work come first.
             give_way()
-            if self.reactor.wait(max(min(until, self.tick_at) - now, 0.0)):
-                self.fork_at = 0.0  # a child is done: the next one takes the processor from nobody
+            self.reactor.wait(max(min(until, self.tick_at) - now, 0.0))
             # Step 4: do what signals ask for.
             while self.signals.pending:
                 self.handle_signal(self.signals.pending.pop(0))
@@ -2033,7 +1954,7 @@ class Parent:
         slot = self.board.allot()
         make_date(int(time.time()))  # the child remembers it
         try:
-            pid = self.signals.fork()
+            pid = os.fork()
         except OSError as error:  # EAGAIN: a limit of processes, ENOMEM
             self.board.clear(slot)
             self.cap = len(self.board.children)
@@ -2055,7 +1976,7 @@ class Parent:
 
     def handle_signal(self, signum: int) -> None:
         """Do what a signal asks for."""
-        is_left = signum == signal.SIGHUP and self.has_terminal and not can_open_terminal()  # which was closed
+        is_left = signum == signal.SIGHUP and self.has_terminal and not os.isatty(2)  # the terminal was closed
         if signum == signal.SIGCHLD:
             self.reap()
         elif signum in (signal.SIGTERM, signal.SIGINT) or is_left:
@@ -2086,7 +2007,8 @@ class Parent:
         slot = self.board.children.pop(pid)
         self.totals["requests"] += self.board.requests[slot]
         self.totals["ms of processor"] += (usage.ru_utime + usage.ru_stime) * 1000
-        self.is_advised = self.is_advised or give_advice(self.totals)
+        if self.totals["reaped"] == ADVICE_AFTER:
+            give_advice(self.totals)
         if status:
             self.totals["crashes"] += 1
             log_error("child %d %s while %s" % (pid, describe_end(status), self.board.describe(slot)))
@@ -2103,37 +2025,36 @@ class Parent:
         self.cap = self.most  # the system may allow more again
         self.reactor.expire(now)
         self.queue.look_after()
-        if self.stop_at:
-            self.is_over = end_service(now, self.stop_at, self.options, self.reactor, self.queue)
-        else:
+        if not self.stop_at:
             self.reload.watch(now)
+        elif now >= self.stop_at:
+            self.is_over = end_service(now, self.stop_at, self.stop_at + self.grace, self.reactor, self.queue)
         self.totals["timeouts"] += enforce_deadlines(now, self.options.timeout, self.board, self.told)
 
     def stop(self) -> None:
         """Stop gracefully; at the second request, at once."""
         if self.stop_at:
-            self.options = self.options._replace(drain_delay=0.0, graceful_timeout=0.0)
+            self.stop_at, self.grace = time.monotonic(), 0.0
         else:
+            self.stop_at = time.monotonic() + self.options.drain_delay
             log_error("stopping")
             notify("STOPPING=1")
             self.board.order(STOPPING, True)
             self.reload.cancel()
-        self.stop_at, self.tick_at = time.monotonic() + self.options.drain_delay, 0.0
+        self.tick_at = 0.0
 
 
-def end_service(now: float, stop_at: float, options: Options, reactor: Reactor, queue: Queue) -> bool:
+def end_service(now: float, stop_at: float, kill_at: float, reactor: Reactor, queue: Queue) -> bool:
     """Stop listening, close what is at rest after a last call, let children finish; return whether all is over."""
-    if now < stop_at:
-        return False
     if reactor.listener.sock.fileno() >= 0:  # it still listens
         reactor.stop_listening()
     children = queue.board.children
     is_busy = reactor.resting or reactor.ready or queue.count_spare() != len(children)
-    if not is_busy or now >= stop_at + min(LAST_CALL, options.graceful_timeout / 2):
+    if not is_busy or now >= min(stop_at + LAST_CALL, (stop_at + kill_at) / 2):
         while reactor.close_longest_at_rest():
             pass
-        queue.board.retire(stop_at + options.graceful_timeout)
-        if now >= stop_at + options.graceful_timeout:
+        queue.board.retire(kill_at)
+        if now >= kill_at:
             reactor.ready.clear()
         if not reactor.ready and not wait_readable(queue.channel.receiver, 0):
             queue.end()
@@ -2142,7 +2063,7 @@ def end_service(now: float, stop_at: float, options: Options, reactor: Reactor, 
 
 def enforce_deadlines(now: float, timeout: float, board: Scoreboard, told: dict[int, tuple[float, float]]) -> int:
     """Interrupt what makes no progress; kill what takes no notice, or should have left. Return how many were new."""
-    count = 0
+    count, late = 0, []
     for pid, slot in board.children.items():
         since = board.since[slot]  # read once: it changes under our eyes
         if since and now - abs(since) > timeout + (ALARM_SLACK if since > 0 else CLIENT_SLACK):
@@ -2150,11 +2071,11 @@ def enforce_deadlines(now: float, timeout: float, board: Scoreboard, told: dict[
                 told[slot] = since, now
                 count += 1
             send_signal(pid, signal.SIGKILL if now - told[slot][1] >= KILL_AFTER else signal.SIGALRM)
-    late = [pid for pid, slot in board.children.items() if 0 < board.leave_by[slot] <= now]
+        if 0 < board.leave_by[slot] <= now:
+            late.append(pid)
+            send_signal(pid, signal.SIGKILL)
     if late:
         log_throttled("children that have not finished and are killed: %d" % len(late))
-    for pid in late:
-        send_signal(pid, signal.SIGKILL)
     return count
 
 
@@ -2166,14 +2087,6 @@ def send_signal(pid: int, signum: int) -> None:
         log_throttled("may not send a signal to process %d, which has become another user" % pid)
 
 
-def can_open_terminal() -> bool:
-    """Return whether this process has a controlling terminal that still exists (tty(4))."""
-    with suppress(OSError):
-        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-        return True
-    return False
-
-
 def describe_end(status: int) -> str:
     """Return how a process has ended by its wait status (waitpid(2))."""
     names = {int(signum): signum.name for signum in signal.Signals}
@@ -2181,16 +2094,14 @@ def describe_end(status: int) -> str:
     return "died of " + names.get(number, "signal %d" % number) if number else "exited with %d" % os.WEXITSTATUS(status)
 
 
-def give_advice(totals: dict[str, float]) -> bool:
-    """Say what to do if processes cost much and serve few requests; return whether that was said."""
-    count, each = totals["reaped"], totals["ms of processor"] / totals["reaped"]
-    is_due = count >= ADVICE_AFTER and each > EXPENSIVE and totals["requests"] < FEW_REQUESTS * count
-    if is_due:
+def give_advice(totals: dict[str, float]) -> None:
+    """Say what to do if processes cost much and serve few requests."""
+    cost, requests = totals["ms of processor"] / totals["reaped"], totals["requests"] / totals["reaped"]
+    if cost > EXPENSIVE and requests < FEW_REQUESTS:
         log_error(
             "a process takes %d ms of processor and serves %.1f requests: --warm-up PATH loads once for all what the"
-            " first request loads, --connections-per-child N keeps processes" % (each, totals["requests"] / count)
+            " first request loads, --connections-per-child N keeps processes" % (cost, requests)
         )
-    return is_due
 
 
 def report(queue: Queue, reactor: Reactor, totals: dict[str, float]) -> None:
@@ -2210,18 +2121,15 @@ def report(queue: Queue, reactor: Reactor, totals: dict[str, float]) -> None:
 def serve_alone(child: Child, reactor: Reactor, signals: Signals) -> None:
     """Serve without other processes (--no-fork), one request at a time, until the server was stopped."""
     while signal.SIGTERM not in signals.pending:
-        reactor.wait(TICK)
-        while reactor.ready:
+        reactor.wait(0.0 if reactor.ready else TICK)
+        reactor.expire(time.monotonic())
+        if reactor.ready:
             connection = reactor.ready.popleft()
             child.slot.memo = connection.memo
-            if child.serve(connection.sock, connection.deadline):
-                deadline = time.monotonic() + reactor.options.keep_alive
-                reactor.rest(Connection(connection.sock, deadline, child.slot.memo))
-            if not child.slot.is_own():
+            child.serve(connection.sock, connection.deadline)
+            if child.slot.pid != os.getpid():
                 exit_child(0)  # in a process that the application has forked
-        reactor.expire(time.monotonic())
     log_error("stopping")
-    reactor.listener.close()
     while reactor.close_longest_at_rest():
         pass
 
@@ -2263,7 +2171,7 @@ class Reload:
             return
         self.check_by = time.monotonic() + CHECK_TIMEOUT + self.options.timeout * len(self.options.warm_up)
         try:
-            self.checker = self.signals.fork()
+            self.checker = os.fork()
         except OSError as error:
             log_error("cannot fork to try the new code: %s" % error.strerror)
             return
@@ -2307,7 +2215,7 @@ class Reload:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             return
         notify("RELOADING=1")
-        board, mailbox, rest = self.queue.board, self.reactor.mailbox, make_channel()
+        board, mailbox, rest = self.queue.board, self.reactor.mailbox, Channel()
         board.retire(time.monotonic() + self.options.graceful_timeout)
         for connection in [*self.reactor.resting.values()]:
             self.reactor.make_ready(connection)
@@ -2431,19 +2339,18 @@ def refuse_pass_phrase() -> NoReturn:
 
 def accept_tls(context: Any, stream: Stream, deadline: float) -> TLSSocket:
     """Return the TLS session of a connection; ClientGoneError if the handshake fails or takes too long."""
-    if not (stream.has_more() or stream.receive_more(deadline)):
+    if not (stream.buffer or stream.receive_more(deadline)):
         raise ClientGoneError(0)
-    records, stream.buffer, stream.start = stream.buffer[stream.start :], b"", 0
-    if not records.startswith(b"\x16"):  # what a handshake begins with
-        stream.buffer = records  # for the log
+    if not stream.buffer.startswith(b"\x16"):  # what a handshake begins with
         raise HTTPError(400, "plain HTTP on a port with TLS: the address begins with https")
+    records, stream.buffer = stream.buffer, b""
     session, began = TLSSocket(context, stream.sock, records), time.monotonic()
     try:
         while True:
             with suppress(BlockingIOError):
                 session.shake_hands()
                 return session
-            if stream.slot.mark_silent() >= (began + TICK if stream.slot.is_pressed() else deadline):
+            if stream.slot.mark_silent() >= (began + TICK if stream.slot.is_told(PRESSED) else deadline):
                 raise ClientGoneError(0)
     except OSError as error:
         log_throttled("a TLS handshake has failed: %s" % (getattr(error, "reason", None) or error))
@@ -2704,13 +2611,9 @@ def find_authority(environ: Environ, host: str | None, port: str | None) -> tupl
 
 def read_proxy_header(stream: Stream, deadline: float) -> str:
     """Read the PROXY header of a connection; return what is noted of it."""
-    while not (stream.has_more() and (found := parse_proxy_header(stream.buffer[stream.start :]))):
-        require(time.monotonic() < deadline, 408, "the PROXY header was not complete in time")
-        try:
-            require(stream.receive_more(deadline), 400, "the client closed inside the PROXY header")
-        except ClientSilentError:
-            raise HTTPError(408, "the PROXY header was not complete in time") from None
-    stream.start += found[0]
+    while not (stream.buffer and (found := parse_proxy_header(stream.buffer))):
+        stream.receive_by(deadline, "PROXY header")
+    stream.buffer = stream.buffer[found[0] :]
     return found[1]
 
 
@@ -3313,7 +3216,7 @@ def start(load: Callable[[], Application], options: Options) -> None:
     )
     sock = socket.socket(fileno=kept[1]) if kept else open_listener(options.bind, options.socket_mode)
     listener = Listener(sock, options.bind)
-    mailbox = Channel(*(socket.socket(fileno=fd) for fd in kept[2:4])) if kept else make_channel()
+    mailbox = Channel(*(socket.socket(fileno=fd) for fd in kept[2:4]))
     signals, held = Signals(mailbox.sender), ExitStack()  # what a process that the application forks must give up
     signals.detach = held.close
     for sock in (listener.sock, mailbox.receiver, mailbox.sender):
