@@ -2457,6 +2457,9 @@ def test_any_failure_of_an_application_is_a_500(error: BaseException, applicatio
     assert ask(GET, application(OK, error)).status == 500 and type(error).__name__ in "".join(log(2))
 
 
+# ---- 9. Log -----------------------------------------------------------------
+
+
 def nested(environ: Any, start_response: Any) -> Any:
     """Fails with a cause, in a generator, and with a message that would forge a log."""
     start_response("200 OK", [])
@@ -2585,9 +2588,190 @@ def test_logs_the_reason_also_of_a_refusal_that_is_too_long(octet: bytes, style:
             assert style == "combined" or any(reason in str(value) for value in json.loads(line).values())
 
 
-# ---- 10. Processes ----------------------------------------------------------
+@pytest.mark.parametrize("field", [b"Connection: keep-alive", b"Connection: close"])
+def test_an_untouched_chunked_body_is_told_with_what_to_do(tmp_path: Any, field: bytes) -> None:
+    """Django and Bottle take a body without CONTENT_LENGTH for none."""
+    code = "answer = environ.get('CONTENT_LENGTH', '-') + environ['wsgi.input'].read(%s).decode()[:3]"
+    words = "--buffer-chunked", "1K"
+    with Running(tmp_path, *words, app=RUNS_QUERY) as server:
+        for size, amount, expected in ((1024, "", b"1024xxx"), (1025, "", b"-xxx"), (70_000, "0", b"-")):
+            assert "--buffer-chunked" not in server.errors()
+            with server.connect() as client:
+                target = make_target(code % amount).encode()
+                head = get(field, b"Transfer-Encoding: chunked", target=target, method=b"POST")
+                client.sendall(head + b"%x\r\n%s\r\n0\r\n\r\n" % (size, b"x" * size))
+                assert read_answer(client).body == expected
+        assert "more than 1024 bytes: raise --buffer-chunked" in server.wait_for_log("read nothing")
 
-# Birth
+
+def test_the_request_line_is_known_also_behind_an_empty_line(tmp_path: Any) -> None:
+    with Running(tmp_path, app=RUNS_QUERY) as server, server.connect() as client:
+        client.sendall(b"\r\n" + get(target=make_target("os.abort()", "/crash").encode()))
+        assert receive_all(client) == b""
+        assert "GET /crash" in server.wait_for_log("SIGABRT")
+
+
+def test_what_an_application_prints_appears_once(shared: Running) -> None:
+    shared.run("import sys; print('to', 'stdout', end=''); print('to', 'stderr', end='', file=sys.stderr)")
+    wait_until(lambda: "to stdout" in shared.output() and "to stderr" in shared.errors(), "the flush")
+    assert shared.output().count("imported") == 1
+    assert shared.output().count("to stdout") == shared.errors().count("to stderr") == 1
+
+
+def test_what_was_printed_at_import_stands_before_the_first_request(shared: Running) -> None:
+    shared.run("")
+    assert shared.output().startswith("imported\n")
+
+
+# ---- 10. Listening socket ---------------------------------------------------
+
+
+def has_ipv6() -> bool:
+    """The machine can listen on ::1."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        return True
+    return False
+
+
+BINDS = [  # the address, where it must answer
+    ("127.0.0.1:PORT", ["127.0.0.1"]),
+    ("localhost:PORT", ["localhost"]),
+    ("0.0.0.0:PORT", ["127.0.0.1", "127.0.0.2"]),
+    ("[::1]:PORT", ["::1"]),
+    (":PORT", ["127.0.0.1", "::1"]),
+    ("$PORT", ["127.0.0.1", "::1"]),
+]
+
+
+@pytest.mark.parametrize("bind, hosts", BINDS, ids=[row[0] for row in BINDS])
+def test_serves_at_every_form_of_tcp_address(tmp_path: Any, bind: str, hosts: list[str]) -> None:
+    if "::1" in hosts and not has_ipv6():
+        pytest.skip("no IPv6 here")
+    port = free_port()
+    environment = {"PORT": str(port) if bind == "$PORT" else "1"}  # the option goes before the environment
+    address = "" if bind == "$PORT" else bind.replace("PORT", str(port))
+    with Running(tmp_path, app=RUNS_QUERY, bind=address, **environment) as server:
+        for host in hosts:
+            assert ask_at((host, port), socket.AF_INET6 if ":" in host else socket.AF_INET).status == 200
+        line = server.wait_for_log("serving on")
+        assert re.search(r"http://\S+:%d\b" % port, line) and str(server.pid) in line
+
+
+def test_serves_at_a_unix_socket_and_cleans_up(tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind("socket")
+    with Running(tmp_path, app=RUNS_QUERY, bind="unix:socket") as server:  # the stale one is replaced
+        assert ask_at("socket", socket.AF_UNIX).status == 200
+        second = run_command(tmp_path, "-b", "unix:socket")
+        assert second.returncode == 1 and second.stderr.count("\n") == 1 and "in use" in second.stderr
+        assert ask_at("socket", socket.AF_UNIX).status == 200
+        assert server.stop() == 0 and not os.path.exists("socket")
+
+
+def test_leaves_the_socket_file_of_a_successor_alone(tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "next").mkdir()
+    with Running(tmp_path, app=RUNS_QUERY, bind="unix:socket") as server:
+        os.unlink("socket")
+        with Running(tmp_path / "next", app=RUNS_QUERY, bind="unix:../socket") as successor:
+            assert server.stop() == 0 and ask_at("socket", socket.AF_UNIX).status == 200
+            assert successor.stop() == 0 and not os.path.exists("socket")
+
+
+@pytest.mark.parametrize("mode", ["600", "660", "0777"])
+def test_a_unix_socket_has_the_mode_that_was_asked_for(tmp_path: Any, mode: str) -> None:
+    with Running(tmp_path, "--socket-mode", mode, bind="unix:socket", app=RUNS_QUERY):
+        assert os.stat(str(tmp_path / "socket")).st_mode & 0o777 == int(mode, 8)
+    ended = run_command(tmp_path, "--check", "--socket-mode", "rw")
+    assert ended.returncode == 2 and "--socket-mode is 'rw'" in ended.stderr
+
+
+@pytest.mark.parametrize("listening", [True, False])
+def test_serves_on_an_inherited_descriptor(tmp_path: Any, listening: bool) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if listening:
+            listener.listen(5)
+        descriptor = listener.fileno()
+        with Running(tmp_path, app=RUNS_QUERY, bind="fd:%d" % descriptor, popen={"pass_fds": [descriptor]}):
+            assert ask_at(listener.getsockname()).status == 200
+
+
+ACTIVATE = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()), LISTEN_FDNAMES="web")
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])
+def test_serves_on_the_socket_of_a_service_manager(tmp_path: Any, monkeypatch: Any, family: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(family) as listener:
+        listener.bind("socket" if family == socket.AF_UNIX else ("127.0.0.1", 0))
+        listener.listen(50)
+        address, descriptor = listener.getsockname(), listener.fileno()
+        argv = (sys.executable, "-c", ACTIVATE, str(descriptor), WEBSERVER)
+        popen = {"pass_fds": [descriptor]}
+        with Running(tmp_path, app=ANSWERS % "old", argv=argv, bind="", popen=popen) as server:
+            assert ask_at(address, family).body == b"old"
+            write_file(tmp_path / "app.py", ANSWERS % "new")
+            server.process.send_signal(signal.SIGHUP)
+            wait_until(lambda: ask_at(address, family).body == b"new", "the new code")
+            assert server.stop() == 0
+        assert family == socket.AF_INET or os.path.exists("socket")  # it is the manager's to remove
+        waiting = [socket.socket(family) for _ in range(8)]
+        with closing(*waiting):  # the socket is as it was: no second listen() has touched its queue
+            for client in waiting:
+                client.settimeout(SLACK)
+                client.connect(address)
+
+
+def test_what_a_service_manager_hands_to_another_process_is_ignored(tmp_path: Any) -> None:
+    with Running(tmp_path, app=RUNS_QUERY, LISTEN_FDS="1", LISTEN_PID="1") as server:
+        assert server.run("answer = [n for n in os.environ if n.startswith(('LISTEN_', 'WEBSERVER'))]") == "[]"
+
+
+def test_another_holder_of_the_listening_socket_cannot_make_accept_block_for_good(tmp_path: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        descriptor, port = listener.fileno(), listener.getsockname()[1]
+        options: dict[str, Any] = {"port": port, "popen": {"pass_fds": [descriptor]}}
+        with Running(tmp_path, app=RUNS_QUERY, bind="fd:%d" % descriptor, **options) as server:
+            listener.setblocking(True)
+
+            def is_quick() -> bool:
+                began = time.monotonic()
+                server.run("")
+                server.run("")
+                return time.monotonic() - began < 0.5
+
+            wait_until(is_quick, "two requests that wait for no clock")
+
+
+@on_linux
+def test_survives_that_accept_fails(tmp_path: Any) -> None:
+    import resource
+
+    with Running(tmp_path, app=RUNS_QUERY) as server:
+        wait_until(server.children, "the spare")
+        soft, hard = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (4, hard))
+        with server.send("", CLOSE) as client:
+            server.wait_for_log("too many open files")
+            used, began = sum(map(cpu_seconds, [server.pid, *server.children()])), time.monotonic()
+            wait_until(lambda: time.monotonic() > began + 0.8, "what a busy loop would cost")
+            assert sum(map(cpu_seconds, [server.pid, *server.children()])) - used < 0.3
+            for pid in (server.pid, *server.children()):
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+            assert receive_answer(client).status == 200
+        server.run("")
+        assert server.errors().lower().count("too many open files") < 4
+
+
+# ---- 12. Child --------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("overdue")  # whose requests take their time while other claims are tested
@@ -2614,12 +2798,145 @@ def test_reuses_a_process_as_told(tmp_path: Any, number: str, least: int, most: 
         assert server.leaves_no_zombie()
 
 
-def test_waits_with_one_spare_process_and_returns_to_it(shared: Running) -> None:
-    clients = [shared.send() for _ in range(5)]
-    with closing(*clients):
-        assert len({read_answer(client).body for client in clients}) == 5
-        wait_until(lambda: len(shared.children()) == 6, "five at work and a spare")
-    shared.wait_spare()
+@on_linux
+def test_a_child_holds_its_own_connection_only(shared: Running) -> None:
+    with shared.send() as idle:
+        read_answer(idle)
+        code = """
+        import socket
+        answer = []
+        for fd in range(64):
+            try:
+                with socket.socket(fileno=os.dup(fd)) as sock:
+                    answer.append((sock.family.name, sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)))
+            except OSError:
+                pass
+        """
+        found = sorted(eval(shared.run(code)))
+        assert found == [("AF_INET", 0), ("AF_UNIX", 0), ("AF_UNIX", 0)]  # the queue and the mailbox
+
+
+def test_random_numbers_do_not_repeat_between_children(shared: Running) -> None:
+    code = "import random, uuid; answer = (random.random(), uuid.uuid4(), os.urandom(4))"
+    assert len({shared.run(code) for _ in range(5)}) == 5
+
+
+# What an application may do with processes, threads and signals
+
+SYSTEM = [  # what an application may do with processes, threads and signals; the answer must be "True"
+    ("subprocess", "import subprocess as s; answer = s.run(['sh', '-c', 'exit 7']).returncode == 7"),
+    ("subprocess-many", "import subprocess as s; p = [s.Popen(['true']) for _ in range(5)]; "
+     "answer = not any(x.wait() for x in p)"),
+    ("subprocess-terminate", "import subprocess as s; p = s.Popen(['sleep', '60']); p.terminate(); "
+     "answer = p.wait() == -15"),
+    ("system", "answer = os.system('exit 3') >> 8 == 3"),
+    ("multiprocessing", "import multiprocessing as m; p = m.get_context('fork').Process(target=os.getpid); "
+     "p.start(); p.join(10); answer = p.exitcode == 0"),
+    ("multiprocessing-terminate", "import multiprocessing as m; p = m.get_context('fork').Process(target=time.sleep, "
+     "args=(60,)); p.start(); time.sleep(.1); p.terminate(); p.join(5); answer = p.exitcode == -15"),
+    ("pool", "import multiprocessing as m\nwith m.get_context('fork').Pool(2) as p: "
+     "answer = p.map(abs, [-1, -2]) == [1, 2]"),
+    ("threads", "import threading as t; a = []; b = [t.Thread(target=a.append, args=(1,)) for _ in range(5)]; "
+     "[x.start() for x in b]; [x.join() for x in b]; answer = len(a) == 5"),
+    ("executor", "import concurrent.futures as c\nwith c.ThreadPoolExecutor(2) as e: "
+     "answer = list(e.map(abs, [-1])) == [1]"),
+    ("asyncio", "import asyncio\nasync def f():\n p = await asyncio.create_subprocess_exec('true')\n "
+     "return await p.wait()\nanswer = asyncio.run(f()) == 0"),
+    ("signal", "import signal as s; a = []; s.signal(s.SIGUSR1, lambda *_: a.append(1)); "
+     "os.kill(os.getpid(), s.SIGUSR1); answer = a == [1]"),
+    ("alarm", "import signal as s\ndef f(*_): raise ZeroDivisionError\ns.signal(s.SIGALRM, f); "
+     "s.setitimer(s.ITIMER_REAL, 0.05)\ntry: time.sleep(9)\nexcept ZeroDivisionError: answer = True"),
+    ("fork-exit", "import sys\nif os.fork() == 0: sys.exit(0)\nanswer = os.wait()[1] == 0"),
+    ("fork-exit-7", "import sys\nif os.fork() == 0: sys.exit(7)\nanswer = os.wait()[1] >> 8 == 7"),
+    ("fork-exit-none", "import sys\nif os.fork() == 0: sys.exit()\nanswer = os.wait()[1] == 0"),
+    ("fork-return", "answer = os.fork() and os.wait()[1] == 0"),  # only one of the two may answer
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, code", SYSTEM, ids=[row[0] for row in SYSTEM])
+def test_processes_threads_and_signals_work_in_applications(shared: Running, name: str, code: str) -> None:
+    assert shared.run(code, "/" + name) == "True"
+
+
+def test_a_process_of_the_application_writes_to_no_slot(tmp_path: Any) -> None:
+    code = "if os.fork() == 0:\n  raise SystemExit(0)\nos.wait()\n" + HELD
+    with Running(tmp_path, app=RUNS_QUERY) as server, server.send(code, path="/held"):
+        server.wait_held()
+        server.process.send_signal(signal.SIGUSR1)
+        assert " busy " in server.wait_for_log("GET /held")
+
+
+@pytest.mark.parametrize("version", [b"HTTP/1.0", b"HTTP/1.1"])
+def test_a_response_ends_although_a_process_of_the_application_lives_on(tmp_path: Any, version: bytes) -> None:
+    code = "if os.fork() == 0:\n  %s  os._exit(0)\nanswer = (word for word in (b'a', b'b'))" % UNTIL_GO
+    with Running(tmp_path, app=RUNS_QUERY) as server, server.connect() as client:
+        client.sendall(get(CLOSE, target=make_target(code).encode(), version=version))
+        assert receive_answer(client).body == b"ab"
+        server.go()
+
+
+def test_a_default_timeout_of_the_application_is_not_ours(tmp_path: Any) -> None:
+    app = "import socket\nsocket.setdefaulttimeout(0.05)\n" + textwrap.dedent(RUNS_QUERY)
+    with Running(tmp_path, app=app) as server, server.connect() as client:
+        client.sendall(GET[:9])
+        time.sleep(0.2)
+        client.sendall(GET[9:])
+        assert read_answer(client).status == 200
+
+
+@on_linux
+def test_what_an_application_executes_inherits_three_descriptors(tmp_path: Any) -> None:
+    with Running(tmp_path, "--connections-per-child", "5", app=RUNS_QUERY) as server, server.send() as idle:
+        code = "answer = subprocess.run(['ls', '/proc/self/fd'], close_fds=False, stdout=-1).stdout.decode()"
+        read_answer(idle)
+        names = server.run("import subprocess\n" + code)
+        assert set(names.split()) == {"0", "1", "2", "3"}  # 3: where ls reads the folder
+
+
+@on_linux
+def test_what_an_application_executes_inherits_no_signal_settings(shared: Running) -> None:
+    command = "import subprocess as s; answer = s.run(['cat', '/proc/self/status'], stdout=s.PIPE).stdout.decode()"
+    names: dict[str, Any] = {}
+    exec(command, names)
+    assert re.findall("Sig(?:Blk|Ign).*", shared.run(command)) == re.findall("Sig(?:Blk|Ign).*", names["answer"])
+
+
+def test_exit_handlers_of_the_child_run_and_inherited_ones_do_not(tmp_path: Any) -> None:
+    with Running(tmp_path, app=RUNS_QUERY) as server:
+        code = "import atexit; atexit.register(os.write, 1, b'registered by %d\\n' % os.getpid())"
+        pids = [server.run(code), server.run(code)]
+        wait_until(lambda: re.findall(r"registered by (\d+)", server.output()) == pids, "the exit handlers")
+        server.run("os.kill(os.getppid(), 15)")
+        assert server.process.wait(PATIENCE) == 0
+        assert set(re.findall(r"inherited by (\d+)", server.output())) <= {str(server.pid)}
+
+
+def test_no_child_returns_into_the_code_that_called_serve(tmp_path: Any) -> None:
+    port = free_port()
+    code = """\
+    import os, sys, webserver
+
+    class Broken:
+        def flush(self):
+            raise RuntimeError("no flush today")
+
+    def app(environ, start_response):
+        sys.stdout = Broken()
+        return webserver.show_environ(environ, start_response)
+
+    try:
+        webserver.serve(app, bind="127.0.0.1:%d")
+    finally:
+        os.write(1, b"cleanup by %%d\\n" %% os.getpid())
+    """
+    argv = (sys.executable, "-c", textwrap.dedent(code % port))
+    with Running(tmp_path, argv=argv, bind="", port=port, PYTHONPATH=os.path.dirname(WEBSERVER)) as server:
+        assert [server.get().status for _ in range(3)] == [200] * 3
+        assert server.stop() == 0
+        assert re.findall("cleanup by (.*)", server.output()) == [str(server.pid)]
+
+
+# ---- 13. Reactor ------------------------------------------------------------
 
 
 @on_linux
@@ -2648,6 +2965,109 @@ def test_silent_connections_cost_no_process(shared: Running) -> None:
         assert all(map(is_persistent, clients))
 
 
+def test_a_thousand_connections_at_rest_cost_no_process(tmp_path: Any) -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
+                                                resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    with Running(tmp_path, app=ANSWERS % "at rest") as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(server.send()) for _ in range(1000)]
+        assert {read_answer(client).body for client in clients} == {b"at rest"}
+        server.wait_spare()
+        began = time.monotonic()
+        assert server.answers("at rest") and time.monotonic() - began < SLACK / 2
+        for client in clients:
+            client.sendall(GET)
+        assert {read_answer(client).body for client in clients} == {b"at rest"}
+
+
+def test_connections_at_rest_are_closed_in_time(tmp_path: Any) -> None:
+    """Before a first byte, in the head and between two requests (RFC 9112 §9.5, RFC 9110 §15.5.9)."""
+    with Running(tmp_path, "--timeout", "1", "--keep-alive", "2", app=RUNS_QUERY) as server:
+        fresh, begun, kept = server.connect(), server.connect(), server.send()
+        with closing(fresh, begun, kept):
+            began = time.monotonic()
+            begun.sendall(b"GET / HTTP/1.1\r\nHo")
+            assert read_answer(kept).status == 200
+            assert receive_all(kept) == b"" and 1.5 < time.monotonic() - began < 3 + SLACK
+            assert parse_answers(receive_all(begun))[0].status == 408
+            if not hasattr(socket, "TCP_DEFER_ACCEPT"):  # else it is not even accepted
+                assert receive_all(fresh) == b""
+
+
+@pytest.mark.parametrize("number", ["1", "0"])
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX], ids=["tcp", "unix"])
+def test_no_request_is_lost_at_the_moment_of_rest(tmp_path: Any, number: str, family: Any) -> None:
+    """A request comes just as its connection is given back, queued or reloaded: pauses around one second."""
+    answered: list[int] = []
+    path = "/tmp/webserver-test-%d.sock" % os.getpid()  # a short one: it is limited to some 100 bytes
+
+    def ask_around_a_second(server: Running, seed: int) -> None:
+        chance = random.Random(seed)
+        with socket.socket(family) as client:
+            client.settimeout(PATIENCE)
+            client.connect(path if family == socket.AF_UNIX else ("127.0.0.1", server.port))
+            for _ in range(4):
+                client.sendall(GET)
+                answered.append(read_answer(client).status)
+                time.sleep(chance.choice((chance.uniform(0.9, 1.1), chance.uniform(0.99, 1.01), 0)))
+
+    bind = "unix:" + path if family == socket.AF_UNIX else None
+    words = ("--connections-per-child", number, "--access-log", "off")
+    with Running(tmp_path, *words, app=ANSWERS % "x", bind=bind) as server:
+        clients = [threading.Thread(target=ask_around_a_second, args=(server, seed), daemon=True) for seed in range(60)]
+        for client in clients:
+            client.start()
+        while any(client.is_alive() for client in clients):
+            server.process.send_signal(signal.SIGHUP)
+            clients[-1].join(0.7)
+        assert answered == [200] * 240
+        assert server.stop() == 0
+
+
+def test_at_the_limit_of_connections_the_longest_at_rest_gives_way(tmp_path: Any) -> None:
+    with Running(tmp_path, "--max-connections", "20", app=RUNS_QUERY) as server:
+        idle = [server.send() for _ in range(20)]
+        with closing(*idle):
+            longest = random.choice([(read_answer(client), client)[1] for client in idle])
+            server.wait_spare()
+            for client in idle:  # the order in which they were last used is not that of their start
+                if client is not longest:
+                    client.sendall(GET)
+                    read_answer(client)
+            server.wait_spare()
+            began = time.monotonic()
+            server.run("")
+            assert time.monotonic() - began < SLACK / 2  # milliseconds, on an idle machine
+            assert [client for client in idle if not is_persistent(client)] == [longest]
+            assert len(re.findall("max-connections", server.errors())) == 1
+
+
+@on_linux
+def test_a_head_that_is_cut_off_does_not_keep_the_parent_busy(tmp_path: Any) -> None:
+    with Running(tmp_path, app=RUNS_QUERY) as server:
+        server.wait_spare()
+        files = list_files(server.pid)
+        for end in (socket.SHUT_WR, socket.SHUT_RDWR):
+            with server.connect() as client:
+                client.sendall(b"G")
+                wait_until(lambda: len(list_files(server.pid)) > len(files), "the connection at rest")
+                client.shutdown(end)
+                wait_until(lambda: list_files(server.pid) == files, "its end")
+        server.wait_spare()
+
+
+# ---- 14. Parent -------------------------------------------------------------
+
+
+def test_waits_with_one_spare_process_and_returns_to_it(shared: Running) -> None:
+    clients = [shared.send() for _ in range(5)]
+    with closing(*clients):
+        assert len({read_answer(client).body for client in clients}) == 5
+        wait_until(lambda: len(shared.children()) == 6, "five at work and a spare")
+    shared.wait_spare()
+
+
 def test_a_spare_process_that_is_stopped_keeps_nobody_waiting_for_good(tmp_path: Any) -> None:
     with Running(tmp_path, app=RUNS_QUERY) as server:
         (pid,) = wait_until(server.children, "the spare")
@@ -2659,6 +3079,94 @@ def test_a_spare_process_that_is_stopped_keeps_nobody_waiting_for_good(tmp_path:
             assert server.run("") != str(pid) and time.monotonic() - began < SLACK  # it is counted on no more
         finally:
             os.kill(pid, signal.SIGCONT)
+
+
+def test_the_cap_is_a_cap_and_logged_once(tmp_path: Any) -> None:
+    with Running(tmp_path, "--max-children", "3", app=RUNS_QUERY) as server:
+        clients = [server.send("time.sleep(0.1)", CLOSE) for _ in range(12)]
+        with closing(*clients):
+            counts = [len(server.children()) for _ in range(4)]
+            assert [receive_answer(client).status for client in clients] == [200] * 12
+        assert max(counts) <= 3
+        assert len(re.findall("max-children", server.errors())) == 1, server.errors()
+
+
+def test_at_the_cap_many_newcomers_do_not_wait_for_a_clock(tmp_path: Any) -> None:
+    with Running(tmp_path, "--max-children", "4", app=RUNS_QUERY) as server, contextlib.ExitStack() as stack:
+
+        def let_in() -> float:
+            began = time.monotonic()
+            newcomers = [stack.enter_context(server.send()) for _ in range(4)]
+            assert [read_answer(client).status for client in newcomers] == [200] * 4
+            return time.monotonic() - began
+
+        let_in()  # into an empty house
+        wait_until(lambda: time.sleep(0.1) or let_in() < 0.25, "a quick round")  # by a clock of 0.1 s none would be
+
+
+@on_linux
+def test_survives_that_fork_fails(tmp_path: Any) -> None:
+    app = RUNS_QUERY + """
+    real_fork = os.fork
+
+    def fork():
+        if os.path.exists("no-fork"):
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return real_fork()
+
+    os.fork = fork
+    """  # RLIMIT_NPROC does not bind root
+    with Running(tmp_path, app=app) as server:
+        server.run("")
+        wait_until(lambda: len(server.children()) == 1, "a spare")
+        write_file(tmp_path / "no-fork", "")
+        server.run("")  # by the spare
+        clients = [server.send("answer = 'served'", CLOSE) for _ in range(3)]
+        with closing(*clients):
+            server.wait_for_log("cannot fork")
+            busy, began = cpu_seconds(server.pid), time.monotonic()
+            wait_until(lambda: time.monotonic() > began + 0.8, "what a busy loop would cost")
+            assert cpu_seconds(server.pid) - busy < 0.3
+            os.remove(str(tmp_path / "no-fork"))
+            assert [receive_answer(client).body for client in clients] == [b"served"] * 3
+        assert len(re.findall("cannot fork", server.errors())) in (1, 2), server.errors()
+
+
+def test_sigusr1_prints_who_does_what(tmp_path: Any) -> None:
+    with Running(tmp_path, app=RUNS_QUERY) as server:
+        idle, busy = server.send(), server.send(HELD, path="/held")
+        with closing(idle, busy):
+            pids = {"idle": int(read_answer(idle).body)}
+            idle.sendall(GET)
+            read_answer(idle)
+            (pids["busy"],) = server.wait_held()
+            wait_until(lambda: len(server.children()) == 3, "the spare")
+            (pids["waiting"],) = set(server.children()) - set(pids.values())
+            server.process.send_signal(signal.SIGUSR1)
+            totals = server.wait_for_log("reaped")
+            lines = {state: server.wait_for_log(r"\]\s+%d\b" % pid) for state, pid in pids.items()}
+            assert "127.0.0.1" in lines["idle"] and re.search(r"\b2\b", lines["idle"])
+            assert "127.0.0.1" in lines["busy"] and "GET /held" in lines["busy"]
+            assert "127.0.0.1" not in lines["waiting"]
+            for word in ("2 connections", "3 forks", "0 reaped", "0 timeouts", "0 crashes"):
+                assert word in totals, totals
+            assert all(state in line for state, line in lines.items()), lines
+            server.go()
+            read_answer(busy)  # nobody was disturbed
+
+
+def test_advice_is_given_once_where_processes_cost_much(tmp_path: Any) -> None:
+    with Running(tmp_path, app=RUNS_QUERY) as server:
+        burn = "end = time.process_time() + 0.025\nwhile time.process_time() < end: pass"
+        for _ in range(webserver.ADVICE_AFTER + 20):
+            assert "--warm-up" not in server.errors()[: -500] and server.run(burn)
+        line = server.wait_for_log("--warm-up")
+        assert re.search(r"a process takes [23]\d ms of processor and serves 1\.0 requests", line)
+        assert server.errors().count("--connections-per-child N") == 1
+        server.process.send_signal(signal.SIGUSR1)
+        line = server.wait_for_log("in all")
+        assert int(find(r"(\d+) requests", line)) >= webserver.ADVICE_AFTER
+        assert int(find(r"(\d+) ms of processor", line)) > 25 * webserver.ADVICE_AFTER
 
 
 # Crashes
@@ -2701,16 +3209,20 @@ def test_a_crash_touches_its_connection_only(shared: Running, name: str, code: s
         assert 'serving 127.0.0.1 "GET /crash-' + name in shared.wait_for_log(word + ".*crash-" + name)
 
 
-def test_leaves_no_zombie_after_kill_9_of_waiting_children(shared: Running) -> None:
-    for _ in range(3):
-        for pid in wait_until(shared.children):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            wait_until(lambda pid=pid: not is_alive(pid), "its death")
-        began = time.monotonic()
-        shared.run("")
-        assert time.monotonic() - began < SLACK / 2  # milliseconds, on an idle machine
-        assert shared.leaves_no_zombie()
+def test_a_segfault_prints_the_stack_of_python(tmp_path: Any) -> None:
+    with Running(tmp_path, app=RUNS_QUERY) as server:
+        with server.send("import ctypes\ndef read_nothing(): ctypes.string_at(0)\nread_nothing()") as client:
+            assert receive_all(client) == b""
+        server.wait_for_log("in read_nothing")
+        server.wait_for_log("SIGSEGV")
+
+
+def test_survives_that_a_child_dies_of_a_signal_without_a_name(tmp_path: Any) -> None:
+    with Running(tmp_path, app=RUNS_QUERY) as server:
+        with server.send("os.kill(os.getpid(), 40)") as client:
+            assert receive_all(client) == b""
+        server.run("")
+        assert server.wait_for_log("died.*40") and server.process.poll() is None
 
 
 def test_children_that_die_before_they_serve_are_no_fork_storm(tmp_path: Any) -> None:
@@ -2724,36 +3236,6 @@ def test_children_that_die_before_they_serve_are_no_fork_storm(tmp_path: Any) ->
             assert 3 < int(find(r"(\d+) forks", server.wait_for_log("forks"))) < 20
             os.remove(str(tmp_path / "die"))
             assert receive_answer(waiting).body == b"served"
-
-
-def test_a_process_of_the_application_writes_to_no_slot(tmp_path: Any) -> None:
-    code = "if os.fork() == 0:\n  raise SystemExit(0)\nos.wait()\n" + HELD
-    with Running(tmp_path, app=RUNS_QUERY) as server, server.send(code, path="/held"):
-        server.wait_held()
-        server.process.send_signal(signal.SIGUSR1)
-        assert " busy " in server.wait_for_log("GET /held")
-
-
-@on_linux
-def test_a_head_that_is_cut_off_does_not_keep_the_parent_busy(tmp_path: Any) -> None:
-    with Running(tmp_path, app=RUNS_QUERY) as server:
-        server.wait_spare()
-        files = list_files(server.pid)
-        for end in (socket.SHUT_WR, socket.SHUT_RDWR):
-            with server.connect() as client:
-                client.sendall(b"G")
-                wait_until(lambda: len(list_files(server.pid)) > len(files), "the connection at rest")
-                client.shutdown(end)
-                wait_until(lambda: list_files(server.pid) == files, "its end")
-        server.wait_spare()
-
-
-def test_survives_that_a_child_dies_of_a_signal_without_a_name(tmp_path: Any) -> None:
-    with Running(tmp_path, app=RUNS_QUERY) as server:
-        with server.send("os.kill(os.getpid(), 40)") as client:
-            assert receive_all(client) == b""
-        server.run("")
-        assert server.wait_for_log("died.*40") and server.process.poll() is None
 
 
 @on_linux
@@ -2788,6 +3270,55 @@ def test_random_kills_under_load_cost_only_their_connections(tmp_path: Any) -> N
         assert list_files(server.pid) == files  # neither a descriptor nor a connection is kept
 
 
+# Zombies
+
+
+def test_leaves_no_zombie_after_kill_9_of_waiting_children(shared: Running) -> None:
+    for _ in range(3):
+        for pid in wait_until(shared.children):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            wait_until(lambda pid=pid: not is_alive(pid), "its death")
+        began = time.monotonic()
+        shared.run("")
+        assert time.monotonic() - began < SLACK / 2  # milliseconds, on an idle machine
+        assert shared.leaves_no_zombie()
+
+
+UNSHARE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+
+
+def can_unshare() -> bool:
+    """The machine lets us make a PID namespace."""
+    with contextlib.suppress(OSError):
+        return subprocess.run([*UNSHARE, "true"], stderr=subprocess.DEVNULL).returncode == 0
+    return False
+
+
+def test_as_pid_1_it_reaps_orphans_and_obeys_sigterm(tmp_path: Any) -> None:
+    if not can_unshare():
+        pytest.skip("no PID namespace may be made here (unshare --pid)")
+    orphan = "if os.fork() == 0:\n  os.fork() or time.sleep(0.6)\n  os._exit(0)\nos.wait()"
+    with Running(tmp_path, app=RUNS_QUERY, argv=(*UNSHARE, *PROGRAM)) as server:
+        (pid_1,) = server.children()
+        assert server.run("answer = os.getppid()") == "1"
+
+        def family() -> list[str]:
+            return [state[0] for _, parent, state in list_processes() if parent == pid_1]
+
+        for _ in range(5):
+            server.run(orphan)
+        wait_until(lambda: len(family()) > 1, "the orphans to be given to PID 1")
+        wait_until(lambda: len(family()) == 1 and "Z" not in family(), "the orphans to be reaped")
+        assert "orphan" not in server.errors() and "died" not in server.errors()  # silently
+        with server.send(HELD) as busy:
+            server.wait_held()
+            os.kill(pid_1, signal.SIGTERM)
+            server.go()
+            assert receive_answer(busy).status == 200
+        assert server.process.wait(PATIENCE) == 0
+
+
 # Deadlines
 
 HANGS = {  # all of these at once, with --timeout 1
@@ -2805,7 +3336,6 @@ HANGS = {  # all of these at once, with --timeout 1
     "empty": "def hang_empty():\n  while True: yield time.sleep(0.1) or b''\nanswer = hang_empty()",
     "download": "answer = environ['wsgi.file_wrapper'](open('download', 'rb'))",
 }  # fmt: skip
-
 
 DOWNLOAD = 2400000  # bytes: more than one send should have to take at once
 
@@ -2888,80 +3418,6 @@ def test_what_ignores_the_deadline_is_killed_and_logged(overdue: Any, name: str)
     data, seconds = outcome(name)
     assert data == b"" and 1 < seconds < 8 + SLACK
     assert server.wait_for_log("POST /%s.*SIGKILL|SIGKILL.*POST /%s" % (name, name))
-
-
-# The cap
-
-
-def test_at_the_limit_of_connections_the_longest_at_rest_gives_way(tmp_path: Any) -> None:
-    with Running(tmp_path, "--max-connections", "20", app=RUNS_QUERY) as server:
-        idle = [server.send() for _ in range(20)]
-        with closing(*idle):
-            longest = random.choice([(read_answer(client), client)[1] for client in idle])
-            server.wait_spare()
-            for client in idle:  # the order in which they were last used is not that of their start
-                if client is not longest:
-                    client.sendall(GET)
-                    read_answer(client)
-            server.wait_spare()
-            began = time.monotonic()
-            server.run("")
-            assert time.monotonic() - began < SLACK / 2  # milliseconds, on an idle machine
-            assert [client for client in idle if not is_persistent(client)] == [longest]
-            assert len(re.findall("max-connections", server.errors())) == 1
-
-
-def test_connections_at_rest_are_closed_in_time(tmp_path: Any) -> None:
-    """Before a first byte, in the head and between two requests (RFC 9112 §9.5, RFC 9110 §15.5.9)."""
-    with Running(tmp_path, "--timeout", "1", "--keep-alive", "2", app=RUNS_QUERY) as server:
-        fresh, begun, kept = server.connect(), server.connect(), server.send()
-        with closing(fresh, begun, kept):
-            began = time.monotonic()
-            begun.sendall(b"GET / HTTP/1.1\r\nHo")
-            assert read_answer(kept).status == 200
-            assert receive_all(kept) == b"" and 1.5 < time.monotonic() - began < 3 + SLACK
-            assert parse_answers(receive_all(begun))[0].status == 408
-            if not hasattr(socket, "TCP_DEFER_ACCEPT"):  # else it is not even accepted
-                assert receive_all(fresh) == b""
-
-
-def test_a_thousand_connections_at_rest_cost_no_process(tmp_path: Any) -> None:
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
-                                                resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    with Running(tmp_path, app=ANSWERS % "at rest") as server, contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(server.send()) for _ in range(1000)]
-        assert {read_answer(client).body for client in clients} == {b"at rest"}
-        server.wait_spare()
-        began = time.monotonic()
-        assert server.answers("at rest") and time.monotonic() - began < SLACK / 2
-        for client in clients:
-            client.sendall(GET)
-        assert {read_answer(client).body for client in clients} == {b"at rest"}
-
-
-def test_the_cap_is_a_cap_and_logged_once(tmp_path: Any) -> None:
-    with Running(tmp_path, "--max-children", "3", app=RUNS_QUERY) as server:
-        clients = [server.send("time.sleep(0.1)", CLOSE) for _ in range(12)]
-        with closing(*clients):
-            counts = [len(server.children()) for _ in range(4)]
-            assert [receive_answer(client).status for client in clients] == [200] * 12
-        assert max(counts) <= 3
-        assert len(re.findall("max-children", server.errors())) == 1, server.errors()
-
-
-def test_at_the_cap_many_newcomers_do_not_wait_for_a_clock(tmp_path: Any) -> None:
-    with Running(tmp_path, "--max-children", "4", app=RUNS_QUERY) as server, contextlib.ExitStack() as stack:
-
-        def let_in() -> float:
-            began = time.monotonic()
-            newcomers = [stack.enter_context(server.send()) for _ in range(4)]
-            assert [read_answer(client).status for client in newcomers] == [200] * 4
-            return time.monotonic() - began
-
-        let_in()  # into an empty house
-        wait_until(lambda: time.sleep(0.1) or let_in() < 0.25, "a quick round")  # by a clock of 0.1 s none would be
 
 
 # Stop
@@ -3203,7 +3659,69 @@ def test_when_the_parent_is_killed_children_finish_and_the_port_is_free(tmp_path
                 os.kill(pid, signal.SIGKILL)
 
 
-# Reload
+# A short soak
+
+
+def act(server: Running, kind: str) -> None:
+    """One connection of this kind, to its end."""
+    if kind == "crash":
+        with pytest.raises(LOST):
+            server.run("os.kill(os.getpid(), 11)")
+        return
+    with server.send() if kind == "persistent" else server.connect() as client:
+        if kind == "persistent":
+            for _ in range(5):
+                assert read_answer(client).status == 200
+                client.sendall(GET)
+        elif kind == "aborted":
+            client.sendall(b"GET / HTTP/1.1\r\nHo")
+        elif kind == "abandoned":  # the answer is not awaited
+            client.sendall(GET)
+        elif kind == "malformed":
+            client.sendall(GET.replace(b"\r", b"", 1))
+            assert receive_answer(client).status == 400
+        elif kind == "upload":
+            client.sendall(post(CLOSE, b"Content-Length: 50000", body=b"x" * 50000))
+            assert receive_answer(client).status == 200
+        elif kind == "close":
+            client.sendall(OLD)
+            assert receive_answer(client).status == 200
+
+
+@on_linux
+def test_a_soak_of_mixed_kinds_leaves_no_trace(tmp_path: Any) -> None:
+    kinds = ["persistent", "aborted", "abandoned", "malformed", "upload", "close", "crash"]
+    faults: list[Any] = []
+    counts = dict.fromkeys(kinds, 0)
+    end = time.monotonic() + 2
+
+    def load(server: Running, seed: int) -> None:
+        choose = random.Random(seed).choice
+        while time.monotonic() < end:
+            kind = choose(kinds)
+            try:
+                act(server, kind)
+                counts[kind] += 1
+            except BaseException as error:
+                faults.append((kind, error))
+
+    with Running(tmp_path, app=RUNS_QUERY) as server:
+        server.run("")
+        server.wait_spare()
+        files = list_files(server.pid)
+        threads = [threading.Thread(target=load, args=(server, seed), daemon=True) for seed in range(6)]
+        for thread in threads:
+            thread.start()
+        while time.monotonic() < end:
+            assert server.leaves_no_zombie()
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert not faults and all(counts.values()), (faults[:3], counts)
+        server.wait_spare()
+        assert list_files(server.pid) == files and server.stop() == 0
+
+
+# ---- 15. Reload -------------------------------------------------------------
 
 
 def ask_for_ever(server: Running, is_over: Any, persistent: bool, lost: list[Any], seen: set[bytes]) -> None:
@@ -3285,36 +3803,6 @@ def test_a_request_in_hand_keeps_its_deadline_over_a_reload(tmp_path: Any) -> No
         assert server.leaves_no_zombie()
 
 
-@pytest.mark.parametrize("number", ["1", "0"])
-@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX], ids=["tcp", "unix"])
-def test_no_request_is_lost_at_the_moment_of_rest(tmp_path: Any, number: str, family: Any) -> None:
-    """A request comes just as its connection is given back, queued or reloaded: pauses around one second."""
-    answered: list[int] = []
-    path = "/tmp/webserver-test-%d.sock" % os.getpid()  # a short one: it is limited to some 100 bytes
-
-    def ask_around_a_second(server: Running, seed: int) -> None:
-        chance = random.Random(seed)
-        with socket.socket(family) as client:
-            client.settimeout(PATIENCE)
-            client.connect(path if family == socket.AF_UNIX else ("127.0.0.1", server.port))
-            for _ in range(4):
-                client.sendall(GET)
-                answered.append(read_answer(client).status)
-                time.sleep(chance.choice((chance.uniform(0.9, 1.1), chance.uniform(0.99, 1.01), 0)))
-
-    bind = "unix:" + path if family == socket.AF_UNIX else None
-    words = ("--connections-per-child", number, "--access-log", "off")
-    with Running(tmp_path, *words, app=ANSWERS % "x", bind=bind) as server:
-        clients = [threading.Thread(target=ask_around_a_second, args=(server, seed), daemon=True) for seed in range(60)]
-        for client in clients:
-            client.start()
-        while any(client.is_alive() for client in clients):
-            server.process.send_signal(signal.SIGHUP)
-            clients[-1].join(0.7)
-        assert answered == [200] * 240
-        assert server.stop() == 0
-
-
 BROKEN = [("syntax", "def app(:\n", "SyntaxError"), ("import", "import not_there_at_all\n", "ModuleNotFoundError"),
           ("exit", "import sys\nsys.exit('not today')\n", "not today"), ("empty", "", "app"),
           ("segfault", "import ctypes\nctypes.string_at(0)\n", "")]  # fmt: skip
@@ -3392,18 +3880,6 @@ def test_an_application_can_terminate_processes_also_while_it_is_reloaded(tmp_pa
         wait_until(lambda: server.answers("new"), "the new code")
 
 
-def test_a_process_that_is_forked_at_import_does_not_hold_the_port(tmp_path: Any) -> None:
-    code = "import os, time\npid = os.fork()\nif pid == 0:\n    time.sleep(60)\n    os._exit(0)\n"
-    app = code + textwrap.dedent(ANSWERS % "%d").replace('b"%d"', 'b"%d" % pid')
-    with Running(tmp_path, app=app) as server:
-        pid = int(server.get().body)
-        try:
-            assert server.stop() == 0 and is_alive(pid)
-            socket.create_server(("127.0.0.1", server.port)).close()
-        finally:
-            os.kill(pid, signal.SIGKILL)
-
-
 def test_the_old_code_goes_on_and_stops_while_the_new_hangs(tmp_path: Any) -> None:
     with Running(tmp_path, app=ANSWERS % "old") as server:
         write_file(tmp_path / "app.py", "import os, time\n" + HOLDING + "time.sleep(60)\n")
@@ -3446,6 +3922,9 @@ def test_sighup_during_a_stop_starts_nothing(tmp_path: Any) -> None:
         server.go()
         assert receive_answer(busy).status == 200
         assert server.process.wait(PATIENCE) == 0 and server.errors().count("serving on") == 1
+
+
+# By itself, after a save
 
 
 def test_reload_by_itself_soon_after_a_save(tmp_path: Any) -> None:
@@ -3514,652 +3993,6 @@ def test_reload_survives_files_that_vanish_and_links_that_lead_nowhere(project: 
         os.unlink(str(path / name))
     path.rmdir()
     webserver.list_sources()
-
-
-CHECKS = [  # the code, the name, the exit status, what it prints
-    (ANSWERS % "0", "app", 0, "app"),
-    (ANSWERS % "0", "app:app", 0, "app"),
-    ("class Site:\n  def __call__(self, e, s): pass\ndef make(): return Site()\n", "app:make()", 0, "Site"),
-    (ANSWERS % "0", "app:missing", 1, "missing"),
-    ("def app(:\n", "app", 1, "SyntaxError"),
-    ("1 // 0", "app", 1, "ZeroDivisionError"),
-    ("", "nowhere", 1, "nowhere"),
-]
-
-
-@pytest.mark.parametrize("code, name, status, word", CHECKS)
-def test_check_tells_what_it_finds_and_binds_nothing(
-    tmp_path: Any, code: str, name: str, status: int, word: str
-) -> None:
-    write_file(tmp_path / "app.py", code)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        ended = run_command(tmp_path, "--check", "-b", "127.0.0.1:%d" % taken.getsockname()[1], name)
-    assert ended.returncode == status and word in (ended.stderr if status else ended.stdout)
-    assert (ended.stdout if status else ended.stderr) == ""
-
-
-# PID 1
-
-UNSHARE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
-
-
-def can_unshare() -> bool:
-    """The machine lets us make a PID namespace."""
-    with contextlib.suppress(OSError):
-        return subprocess.run([*UNSHARE, "true"], stderr=subprocess.DEVNULL).returncode == 0
-    return False
-
-
-def test_as_pid_1_it_reaps_orphans_and_obeys_sigterm(tmp_path: Any) -> None:
-    if not can_unshare():
-        pytest.skip("no PID namespace may be made here (unshare --pid)")
-    orphan = "if os.fork() == 0:\n  os.fork() or time.sleep(0.6)\n  os._exit(0)\nos.wait()"
-    with Running(tmp_path, app=RUNS_QUERY, argv=(*UNSHARE, *PROGRAM)) as server:
-        (pid_1,) = server.children()
-        assert server.run("answer = os.getppid()") == "1"
-
-        def family() -> list[str]:
-            return [state[0] for _, parent, state in list_processes() if parent == pid_1]
-
-        for _ in range(5):
-            server.run(orphan)
-        wait_until(lambda: len(family()) > 1, "the orphans to be given to PID 1")
-        wait_until(lambda: len(family()) == 1 and "Z" not in family(), "the orphans to be reaped")
-        assert "orphan" not in server.errors() and "died" not in server.errors()  # silently
-        with server.send(HELD) as busy:
-            server.wait_held()
-            os.kill(pid_1, signal.SIGTERM)
-            server.go()
-            assert receive_answer(busy).status == 200
-        assert server.process.wait(PATIENCE) == 0
-
-
-# systemd
-
-ACTIVATE = """
-import os, sys
-os.dup2(int(sys.argv[1]), 3)
-os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()), LISTEN_FDNAMES="web")
-os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
-"""
-
-
-@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])
-def test_serves_on_the_socket_of_a_service_manager(tmp_path: Any, monkeypatch: Any, family: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-    with socket.socket(family) as listener:
-        listener.bind("socket" if family == socket.AF_UNIX else ("127.0.0.1", 0))
-        listener.listen(50)
-        address, descriptor = listener.getsockname(), listener.fileno()
-        argv = (sys.executable, "-c", ACTIVATE, str(descriptor), WEBSERVER)
-        popen = {"pass_fds": [descriptor]}
-        with Running(tmp_path, app=ANSWERS % "old", argv=argv, bind="", popen=popen) as server:
-            assert ask_at(address, family).body == b"old"
-            write_file(tmp_path / "app.py", ANSWERS % "new")
-            server.process.send_signal(signal.SIGHUP)
-            wait_until(lambda: ask_at(address, family).body == b"new", "the new code")
-            assert server.stop() == 0
-        assert family == socket.AF_INET or os.path.exists("socket")  # it is the manager's to remove
-        waiting = [socket.socket(family) for _ in range(8)]
-        with closing(*waiting):  # the socket is as it was: no second listen() has touched its queue
-            for client in waiting:
-                client.settimeout(SLACK)
-                client.connect(address)
-
-
-def test_what_a_service_manager_hands_to_another_process_is_ignored(tmp_path: Any) -> None:
-    with Running(tmp_path, app=RUNS_QUERY, LISTEN_FDS="1", LISTEN_PID="1") as server:
-        assert server.run("answer = [n for n in os.environ if n.startswith(('LISTEN_', 'WEBSERVER'))]") == "[]"
-
-
-@pytest.mark.parametrize("name", ["notify", "@webserver-test-%d" % os.getpid()])
-def test_notifies_the_service_manager(tmp_path: Any, name: str) -> None:
-    if name[0] == "@" and not sys.platform.startswith("linux"):
-        pytest.skip("the abstract namespace is Linux's")
-    path = name if name[0] == "@" else str(tmp_path / name)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(path.replace("@", "\0", 1))
-        manager.settimeout(PATIENCE)
-        with Running(tmp_path, app=ANSWERS % "0", NOTIFY_SOCKET=path) as server:
-            assert b"READY=1" in manager.recv(4096).split(b"\n")
-            assert server.get().status == 200  # ready is ready
-            before = time.monotonic()
-            server.process.send_signal(signal.SIGHUP)
-            reloading = manager.recv(4096).decode()
-            assert "RELOADING=1" in reloading.split("\n")
-            assert before <= int(find("^MONOTONIC_USEC=([0-9]+)$", reloading)) / 1e6 <= time.monotonic()
-            assert b"READY=1" in manager.recv(4096).split(b"\n")
-            server.process.send_signal(signal.SIGTERM)
-            assert b"STOPPING=1" in manager.recv(4096).split(b"\n")
-            assert server.process.wait(PATIENCE) == 0
-
-
-def test_a_service_manager_that_does_not_listen_stops_nothing(tmp_path: Any) -> None:
-    path = str(tmp_path / "notify")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, socket.socket(socket.AF_UNIX, 2) as filler:
-        manager.bind(path)
-        filler.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                filler.sendto(b"x", path)
-        with Running(tmp_path, app=ANSWERS % "old", NOTIFY_SOCKET=path) as server:
-            assert server.answers("old")
-            write_file(tmp_path / "app.py", ANSWERS % "new")
-            server.process.send_signal(signal.SIGHUP)
-            wait_until(lambda: server.answers("new"), "the new code")
-            assert server.stop() == 0
-
-
-# Hygiene of the child
-
-SYSTEM = [  # what an application may do with processes, threads and signals; the answer must be "True"
-    ("subprocess", "import subprocess as s; answer = s.run(['sh', '-c', 'exit 7']).returncode == 7"),
-    ("subprocess-many", "import subprocess as s; p = [s.Popen(['true']) for _ in range(5)]; "
-     "answer = not any(x.wait() for x in p)"),
-    ("subprocess-terminate", "import subprocess as s; p = s.Popen(['sleep', '60']); p.terminate(); "
-     "answer = p.wait() == -15"),
-    ("system", "answer = os.system('exit 3') >> 8 == 3"),
-    ("multiprocessing", "import multiprocessing as m; p = m.get_context('fork').Process(target=os.getpid); "
-     "p.start(); p.join(10); answer = p.exitcode == 0"),
-    ("multiprocessing-terminate", "import multiprocessing as m; p = m.get_context('fork').Process(target=time.sleep, "
-     "args=(60,)); p.start(); time.sleep(.1); p.terminate(); p.join(5); answer = p.exitcode == -15"),
-    ("pool", "import multiprocessing as m\nwith m.get_context('fork').Pool(2) as p: "
-     "answer = p.map(abs, [-1, -2]) == [1, 2]"),
-    ("threads", "import threading as t; a = []; b = [t.Thread(target=a.append, args=(1,)) for _ in range(5)]; "
-     "[x.start() for x in b]; [x.join() for x in b]; answer = len(a) == 5"),
-    ("executor", "import concurrent.futures as c\nwith c.ThreadPoolExecutor(2) as e: "
-     "answer = list(e.map(abs, [-1])) == [1]"),
-    ("asyncio", "import asyncio\nasync def f():\n p = await asyncio.create_subprocess_exec('true')\n "
-     "return await p.wait()\nanswer = asyncio.run(f()) == 0"),
-    ("signal", "import signal as s; a = []; s.signal(s.SIGUSR1, lambda *_: a.append(1)); "
-     "os.kill(os.getpid(), s.SIGUSR1); answer = a == [1]"),
-    ("alarm", "import signal as s\ndef f(*_): raise ZeroDivisionError\ns.signal(s.SIGALRM, f); "
-     "s.setitimer(s.ITIMER_REAL, 0.05)\ntry: time.sleep(9)\nexcept ZeroDivisionError: answer = True"),
-    ("fork-exit", "import sys\nif os.fork() == 0: sys.exit(0)\nanswer = os.wait()[1] == 0"),
-    ("fork-exit-7", "import sys\nif os.fork() == 0: sys.exit(7)\nanswer = os.wait()[1] >> 8 == 7"),
-    ("fork-exit-none", "import sys\nif os.fork() == 0: sys.exit()\nanswer = os.wait()[1] == 0"),
-    ("fork-return", "answer = os.fork() and os.wait()[1] == 0"),  # only one of the two may answer
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name, code", SYSTEM, ids=[row[0] for row in SYSTEM])
-def test_processes_threads_and_signals_work_in_applications(shared: Running, name: str, code: str) -> None:
-    assert shared.run(code, "/" + name) == "True"
-
-
-def test_a_default_timeout_of_the_application_is_not_ours(tmp_path: Any) -> None:
-    app = "import socket\nsocket.setdefaulttimeout(0.05)\n" + textwrap.dedent(RUNS_QUERY)
-    with Running(tmp_path, app=app) as server, server.connect() as client:
-        client.sendall(GET[:9])
-        time.sleep(0.2)
-        client.sendall(GET[9:])
-        assert read_answer(client).status == 200
-
-
-@on_linux
-def test_what_an_application_executes_inherits_three_descriptors(tmp_path: Any) -> None:
-    with Running(tmp_path, "--connections-per-child", "5", app=RUNS_QUERY) as server, server.send() as idle:
-        code = "answer = subprocess.run(['ls', '/proc/self/fd'], close_fds=False, stdout=-1).stdout.decode()"
-        read_answer(idle)
-        names = server.run("import subprocess\n" + code)
-        assert set(names.split()) == {"0", "1", "2", "3"}  # 3: where ls reads the folder
-
-
-@on_linux
-def test_what_an_application_executes_inherits_no_signal_settings(shared: Running) -> None:
-    command = "import subprocess as s; answer = s.run(['cat', '/proc/self/status'], stdout=s.PIPE).stdout.decode()"
-    names: dict[str, Any] = {}
-    exec(command, names)
-    assert re.findall("Sig(?:Blk|Ign).*", shared.run(command)) == re.findall("Sig(?:Blk|Ign).*", names["answer"])
-
-
-@on_linux
-def test_a_child_holds_its_own_connection_only(shared: Running) -> None:
-    with shared.send() as idle:
-        read_answer(idle)
-        code = """
-        import socket
-        answer = []
-        for fd in range(64):
-            try:
-                with socket.socket(fileno=os.dup(fd)) as sock:
-                    answer.append((sock.family.name, sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)))
-            except OSError:
-                pass
-        """
-        found = sorted(eval(shared.run(code)))
-        assert found == [("AF_INET", 0), ("AF_UNIX", 0), ("AF_UNIX", 0)]  # the queue and the mailbox
-
-
-def test_exit_handlers_of_the_child_run_and_inherited_ones_do_not(tmp_path: Any) -> None:
-    with Running(tmp_path, app=RUNS_QUERY) as server:
-        code = "import atexit; atexit.register(os.write, 1, b'registered by %d\\n' % os.getpid())"
-        pids = [server.run(code), server.run(code)]
-        wait_until(lambda: re.findall(r"registered by (\d+)", server.output()) == pids, "the exit handlers")
-        server.run("os.kill(os.getppid(), 15)")
-        assert server.process.wait(PATIENCE) == 0
-        assert set(re.findall(r"inherited by (\d+)", server.output())) <= {str(server.pid)}
-
-
-def test_no_child_returns_into_the_code_that_called_serve(tmp_path: Any) -> None:
-    port = free_port()
-    code = """\
-    import os, sys, webserver
-
-    class Broken:
-        def flush(self):
-            raise RuntimeError("no flush today")
-
-    def app(environ, start_response):
-        sys.stdout = Broken()
-        return webserver.show_environ(environ, start_response)
-
-    try:
-        webserver.serve(app, bind="127.0.0.1:%d")
-    finally:
-        os.write(1, b"cleanup by %%d\\n" %% os.getpid())
-    """
-    argv = (sys.executable, "-c", textwrap.dedent(code % port))
-    with Running(tmp_path, argv=argv, bind="", port=port, PYTHONPATH=os.path.dirname(WEBSERVER)) as server:
-        assert [server.get().status for _ in range(3)] == [200] * 3
-        assert server.stop() == 0
-        assert re.findall("cleanup by (.*)", server.output()) == [str(server.pid)]
-
-
-@pytest.mark.parametrize("version", [b"HTTP/1.0", b"HTTP/1.1"])
-def test_a_response_ends_although_a_process_of_the_application_lives_on(tmp_path: Any, version: bytes) -> None:
-    code = "if os.fork() == 0:\n  %s  os._exit(0)\nanswer = (word for word in (b'a', b'b'))" % UNTIL_GO
-    with Running(tmp_path, app=RUNS_QUERY) as server, server.connect() as client:
-        client.sendall(get(CLOSE, target=make_target(code).encode(), version=version))
-        assert receive_answer(client).body == b"ab"
-        server.go()
-
-
-def test_what_an_application_prints_appears_once(shared: Running) -> None:
-    shared.run("import sys; print('to', 'stdout', end=''); print('to', 'stderr', end='', file=sys.stderr)")
-    wait_until(lambda: "to stdout" in shared.output() and "to stderr" in shared.errors(), "the flush")
-    assert shared.output().count("imported") == 1
-    assert shared.output().count("to stdout") == shared.errors().count("to stderr") == 1
-
-
-def test_what_was_printed_at_import_stands_before_the_first_request(shared: Running) -> None:
-    shared.run("")
-    assert shared.output().startswith("imported\n")
-
-
-def test_random_numbers_do_not_repeat_between_children(shared: Running) -> None:
-    code = "import random, uuid; answer = (random.random(), uuid.uuid4(), os.urandom(4))"
-    assert len({shared.run(code) for _ in range(5)}) == 5
-
-
-# Failures of the system
-
-
-@pytest.mark.parametrize("fault", ["stdout closed", "reader of stdout gone", "stdout full", "stdin closed"])
-def test_serves_on_when_its_output_is_lost(tmp_path: Any, fault: str) -> None:
-    read_end, write_end = os.pipe()
-
-    def spoil() -> None:
-        if fault.endswith("closed"):
-            os.close(0 if "stdin" in fault else 1)
-        else:
-            os.dup2(write_end, 1)
-
-    if fault == "stdout full":
-        os.set_blocking(write_end, False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                os.write(write_end, b"x" * 1000)
-        os.set_blocking(write_end, True)
-    app = RUNS_QUERY.replace('print("imported")', "")
-    with Running(tmp_path, "-c", "4", app=app, popen={"preexec_fn": spoil}) as server:
-        if fault == "reader of stdout gone":
-            os.close(read_end)
-        clients = [server.send("answer = 'whole'", CLOSE) for _ in range(8)]
-        with closing(*clients):
-            words = [receive_answer(client).body for client in clients]
-        assert words == [b"whole"] * 8 and server.leaves_no_zombie()
-        assert len(server.errors()) < 2000, "a flood in the log"
-        assert server.stop() == 0
-    for end in {read_end, write_end} - ({read_end} if fault == "reader of stdout gone" else set()):
-        os.close(end)
-
-
-def can_connect(server: Running) -> bool:
-    """Somebody listens at the port."""
-    with contextlib.suppress(ConnectionRefusedError), server.connect():
-        return True
-    return False
-
-
-@pytest.mark.parametrize("closed", [(0,), (2,), (0, 2), (0, 1, 2)], ids=str)
-def test_started_with_closed_descriptors_no_log_line_goes_astray(tmp_path: Any, closed: tuple[int, ...]) -> None:
-    code = """
-    file = open("data", "ab", buffering=0)
-    file.write(b"data\\n")
-    print("a printed line", flush=True)
-    environ["wsgi.errors"].write("an error\\n")
-    answer = file.fileno() > 2
-    """
-    options: dict[str, Any] = {"popen": {"preexec_fn": lambda: [os.close(fd) for fd in closed]}}
-    with contextlib.ExitStack() as stack:
-        server = Running(tmp_path, app=RUNS_QUERY.replace('print("imported")', ""), **options)
-        stack.push(server)  # without waiting for what it may not be able to say
-        wait_until(lambda: can_connect(server), "the start")
-        assert [server.run(code) for _ in range(2)] == ["True", "True"]
-        assert server.get(make_target("1 // 0")).body.startswith(b"500 Internal")
-        assert server.stop() == 0 and read_file(tmp_path / "data") == "data\n" * 2
-
-
-@on_linux
-def test_survives_that_fork_fails(tmp_path: Any) -> None:
-    app = RUNS_QUERY + """
-    real_fork = os.fork
-
-    def fork():
-        if os.path.exists("no-fork"):
-            raise BlockingIOError(11, "Resource temporarily unavailable")
-        return real_fork()
-
-    os.fork = fork
-    """  # RLIMIT_NPROC does not bind root
-    with Running(tmp_path, app=app) as server:
-        server.run("")
-        wait_until(lambda: len(server.children()) == 1, "a spare")
-        write_file(tmp_path / "no-fork", "")
-        server.run("")  # by the spare
-        clients = [server.send("answer = 'served'", CLOSE) for _ in range(3)]
-        with closing(*clients):
-            server.wait_for_log("cannot fork")
-            busy, began = cpu_seconds(server.pid), time.monotonic()
-            wait_until(lambda: time.monotonic() > began + 0.8, "what a busy loop would cost")
-            assert cpu_seconds(server.pid) - busy < 0.3
-            os.remove(str(tmp_path / "no-fork"))
-            assert [receive_answer(client).body for client in clients] == [b"served"] * 3
-        assert len(re.findall("cannot fork", server.errors())) in (1, 2), server.errors()
-
-
-@on_linux
-def test_survives_that_accept_fails(tmp_path: Any) -> None:
-    import resource
-
-    with Running(tmp_path, app=RUNS_QUERY) as server:
-        wait_until(server.children, "the spare")
-        soft, hard = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
-        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (4, hard))
-        with server.send("", CLOSE) as client:
-            server.wait_for_log("too many open files")
-            used, began = sum(map(cpu_seconds, [server.pid, *server.children()])), time.monotonic()
-            wait_until(lambda: time.monotonic() > began + 0.8, "what a busy loop would cost")
-            assert sum(map(cpu_seconds, [server.pid, *server.children()])) - used < 0.3
-            for pid in (server.pid, *server.children()):
-                resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
-            assert receive_answer(client).status == 200
-        server.run("")
-        assert server.errors().lower().count("too many open files") < 4
-
-
-def test_another_holder_of_the_listening_socket_cannot_make_accept_block_for_good(tmp_path: Any) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        descriptor, port = listener.fileno(), listener.getsockname()[1]
-        options: dict[str, Any] = {"port": port, "popen": {"pass_fds": [descriptor]}}
-        with Running(tmp_path, app=RUNS_QUERY, bind="fd:%d" % descriptor, **options) as server:
-            listener.setblocking(True)
-
-            def is_quick() -> bool:
-                began = time.monotonic()
-                server.run("")
-                server.run("")
-                return time.monotonic() - began < 0.5
-
-            wait_until(is_quick, "two requests that wait for no clock")
-
-
-# Privileges
-
-as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give privileges up")
-
-
-def become_nobody() -> None:
-    """Before an exec: be an unprivileged user."""
-    os.setgroups([])
-    os.setgid(65534)
-    os.setuid(65534)
-
-
-@pytest.fixture()
-def public() -> Iterator[Any]:
-    """A folder that everybody can read, unlike those of pytest, and a Python that everybody can run."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
-        shutil.copy(WEBSERVER, folder)
-        for python in (sys.executable, "/usr/bin/python3"):
-            test = (python, "-c", "import ctypes, sys; assert sys.version_info >= (3, 8)")
-            with contextlib.suppress(OSError, subprocess.SubprocessError):
-                run_command(folder, argv=test, popen={"preexec_fn": become_nobody}).check_returncode()
-                yield folder, (python, folder + "/webserver.py")
-                return
-        pytest.skip("an unprivileged user can run no Python here: " + sys.executable)
-
-
-@as_root
-@pytest.mark.parametrize("name, gid", [("nobody", None), ("nobody:daemon", "daemon")])
-def test_gives_up_its_privileges_for_good(public: Any, name: str, gid: Any) -> None:
-    import grp
-    import pwd
-
-    entry, (folder, argv) = pwd.getpwnam("nobody"), public
-    group = grp.getgrnam(gid).gr_gid if gid else entry.pw_gid
-    with Running(folder, "--user", name, app=RUNS_QUERY, argv=argv) as server:
-        found = eval(server.run("answer = (*os.getresuid(), *os.getresgid(), *os.getgroups())"))
-        assert set(found[:3]) == {entry.pw_uid} and set(found[3:]) == {group}
-        code = "for f in (os.setuid, os.seteuid, os.setgid):\n  try: f(0); break\n  except OSError: answer = 'no'"
-        assert server.run(code) == "no"
-        assert set(find("Uid:(.*)", read_file("/proc/%d/status" % server.pid)).split()) == {str(entry.pw_uid)}
-        assert "running as root" not in server.errors()
-        write_file(folder + "/app.py", ANSWERS % "new")
-        server.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: server.answers("new"), "the new code, which an unprivileged parent loads")
-        assert server.stop() == 0
-
-
-@as_root
-def test_advises_root_to_give_it_up(tmp_path: Any) -> None:
-    with Running(tmp_path, app=RUNS_QUERY) as server:
-        assert len([line for line in server.errors().splitlines() if "--user" in line]) == 1
-
-
-@pytest.mark.parametrize("name", ["no-such-user", "nobody:no-such-group"])
-def test_an_unknown_user_is_one_clear_sentence(tmp_path: Any, name: str) -> None:
-    write_file(tmp_path / "app.py", RUNS_QUERY)
-    ended = run_command(tmp_path, "-b", "127.0.0.1:%d" % free_port(), "--user=" + name, "app")
-    assert ended.returncode in (1, 2) and ended.stderr.count("\n") == 1 and name in ended.stderr
-
-
-@as_root
-def test_nobody_but_root_can_become_another(public: Any) -> None:
-    folder, argv = public
-    words = ("-b", "127.0.0.1:%d" % free_port(), "--user", "root")
-    ended = run_command(folder, *words, argv=argv, popen={"preexec_fn": become_nobody})
-    assert ended.returncode == 1 and ended.stderr.count("\n") == 1 and "root" in ended.stderr
-
-
-# To see it
-
-
-def test_sigusr1_prints_who_does_what(tmp_path: Any) -> None:
-    with Running(tmp_path, app=RUNS_QUERY) as server:
-        idle, busy = server.send(), server.send(HELD, path="/held")
-        with closing(idle, busy):
-            pids = {"idle": int(read_answer(idle).body)}
-            idle.sendall(GET)
-            read_answer(idle)
-            (pids["busy"],) = server.wait_held()
-            wait_until(lambda: len(server.children()) == 3, "the spare")
-            (pids["waiting"],) = set(server.children()) - set(pids.values())
-            server.process.send_signal(signal.SIGUSR1)
-            totals = server.wait_for_log("reaped")
-            lines = {state: server.wait_for_log(r"\]\s+%d\b" % pid) for state, pid in pids.items()}
-            assert "127.0.0.1" in lines["idle"] and re.search(r"\b2\b", lines["idle"])
-            assert "127.0.0.1" in lines["busy"] and "GET /held" in lines["busy"]
-            assert "127.0.0.1" not in lines["waiting"]
-            for word in ("2 connections", "3 forks", "0 reaped", "0 timeouts", "0 crashes"):
-                assert word in totals, totals
-            assert all(state in line for state, line in lines.items()), lines
-            server.go()
-            read_answer(busy)  # nobody was disturbed
-
-
-def test_a_segfault_prints_the_stack_of_python(tmp_path: Any) -> None:
-    with Running(tmp_path, app=RUNS_QUERY) as server:
-        with server.send("import ctypes\ndef read_nothing(): ctypes.string_at(0)\nread_nothing()") as client:
-            assert receive_all(client) == b""
-        server.wait_for_log("in read_nothing")
-        server.wait_for_log("SIGSEGV")
-
-
-@pytest.mark.parametrize("starts", [True, False])
-def test_warns_of_threads_that_no_child_will_have(tmp_path: Any, starts: bool) -> None:
-    code = "\n    import threading\n    threading.Thread(target=time.sleep, args=(600,), name='ticker', daemon=True)"
-    with Running(tmp_path, app=RUNS_QUERY + code + ".start()\n" * starts) as server:
-        assert (re.search("thread.*ticker", server.errors()) is not None) == starts
-
-
-def test_the_request_line_is_known_also_behind_an_empty_line(tmp_path: Any) -> None:
-    with Running(tmp_path, app=RUNS_QUERY) as server, server.connect() as client:
-        client.sendall(b"\r\n" + get(target=make_target("os.abort()", "/crash").encode()))
-        assert receive_all(client) == b""
-        assert "GET /crash" in server.wait_for_log("SIGABRT")
-
-
-# A short soak
-
-
-def act(server: Running, kind: str) -> None:
-    """One connection of this kind, to its end."""
-    if kind == "crash":
-        with pytest.raises(LOST):
-            server.run("os.kill(os.getpid(), 11)")
-        return
-    with server.send() if kind == "persistent" else server.connect() as client:
-        if kind == "persistent":
-            for _ in range(5):
-                assert read_answer(client).status == 200
-                client.sendall(GET)
-        elif kind == "aborted":
-            client.sendall(b"GET / HTTP/1.1\r\nHo")
-        elif kind == "abandoned":  # the answer is not awaited
-            client.sendall(GET)
-        elif kind == "malformed":
-            client.sendall(GET.replace(b"\r", b"", 1))
-            assert receive_answer(client).status == 400
-        elif kind == "upload":
-            client.sendall(post(CLOSE, b"Content-Length: 50000", body=b"x" * 50000))
-            assert receive_answer(client).status == 200
-        elif kind == "close":
-            client.sendall(OLD)
-            assert receive_answer(client).status == 200
-
-
-@on_linux
-def test_a_soak_of_mixed_kinds_leaves_no_trace(tmp_path: Any) -> None:
-    kinds = ["persistent", "aborted", "abandoned", "malformed", "upload", "close", "crash"]
-    faults: list[Any] = []
-    counts = dict.fromkeys(kinds, 0)
-    end = time.monotonic() + 2
-
-    def load(server: Running, seed: int) -> None:
-        choose = random.Random(seed).choice
-        while time.monotonic() < end:
-            kind = choose(kinds)
-            try:
-                act(server, kind)
-                counts[kind] += 1
-            except BaseException as error:
-                faults.append((kind, error))
-
-    with Running(tmp_path, app=RUNS_QUERY) as server:
-        server.run("")
-        server.wait_spare()
-        files = list_files(server.pid)
-        threads = [threading.Thread(target=load, args=(server, seed), daemon=True) for seed in range(6)]
-        for thread in threads:
-            thread.start()
-        while time.monotonic() < end:
-            assert server.leaves_no_zombie()
-        for thread in threads:
-            thread.join(PATIENCE)
-        assert not faults and all(counts.values()), (faults[:3], counts)
-        server.wait_spare()
-        assert list_files(server.pid) == files and server.stop() == 0
-
-
-# ---- 11. Command line -------------------------------------------------------
-
-
-def has_ipv6() -> bool:
-    """The machine can listen on ::1."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
-        probe.bind(("::1", 0))
-        return True
-    return False
-
-
-BINDS = [  # the address, where it must answer
-    ("127.0.0.1:PORT", ["127.0.0.1"]),
-    ("localhost:PORT", ["localhost"]),
-    ("0.0.0.0:PORT", ["127.0.0.1", "127.0.0.2"]),
-    ("[::1]:PORT", ["::1"]),
-    (":PORT", ["127.0.0.1", "::1"]),
-    ("$PORT", ["127.0.0.1", "::1"]),
-]
-
-
-@pytest.mark.parametrize("bind, hosts", BINDS, ids=[row[0] for row in BINDS])
-def test_serves_at_every_form_of_tcp_address(tmp_path: Any, bind: str, hosts: list[str]) -> None:
-    if "::1" in hosts and not has_ipv6():
-        pytest.skip("no IPv6 here")
-    port = free_port()
-    environment = {"PORT": str(port) if bind == "$PORT" else "1"}  # the option goes before the environment
-    address = "" if bind == "$PORT" else bind.replace("PORT", str(port))
-    with Running(tmp_path, app=RUNS_QUERY, bind=address, **environment) as server:
-        for host in hosts:
-            assert ask_at((host, port), socket.AF_INET6 if ":" in host else socket.AF_INET).status == 200
-        line = server.wait_for_log("serving on")
-        assert re.search(r"http://\S+:%d\b" % port, line) and str(server.pid) in line
-
-
-def test_serves_at_a_unix_socket_and_cleans_up(tmp_path: Any, monkeypatch: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-    with socket.socket(socket.AF_UNIX) as stale:
-        stale.bind("socket")
-    with Running(tmp_path, app=RUNS_QUERY, bind="unix:socket") as server:  # the stale one is replaced
-        assert ask_at("socket", socket.AF_UNIX).status == 200
-        second = run_command(tmp_path, "-b", "unix:socket")
-        assert second.returncode == 1 and second.stderr.count("\n") == 1 and "in use" in second.stderr
-        assert ask_at("socket", socket.AF_UNIX).status == 200
-        assert server.stop() == 0 and not os.path.exists("socket")
-
-
-def test_leaves_the_socket_file_of_a_successor_alone(tmp_path: Any, monkeypatch: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "next").mkdir()
-    with Running(tmp_path, app=RUNS_QUERY, bind="unix:socket") as server:
-        os.unlink("socket")
-        with Running(tmp_path / "next", app=RUNS_QUERY, bind="unix:../socket") as successor:
-            assert server.stop() == 0 and ask_at("socket", socket.AF_UNIX).status == 200
-            assert successor.stop() == 0 and not os.path.exists("socket")
-
-
-@pytest.mark.parametrize("listening", [True, False])
-def test_serves_on_an_inherited_descriptor(tmp_path: Any, listening: bool) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        if listening:
-            listener.listen(5)
-        descriptor = listener.fileno()
-        with Running(tmp_path, app=RUNS_QUERY, bind="fd:%d" % descriptor, popen={"pass_fds": [descriptor]}):
-            assert ask_at(listener.getsockname()).status == 200
 
 
 # ---- 16. TLS ----------------------------------------------------------------
@@ -4524,6 +4357,7 @@ def test_a_tls_connection_at_rest_stays_with_its_child_and_gives_way(tmp_path: A
 
 # ---- 17. Proxies ------------------------------------------------------------
 
+
 def forward(trusted: str, *fields: str, peer: str = "127.0.0.1", **options: Any) -> Any:
     """What an application is told of a request with these fields, or the status of the refusal."""
     settings = webserver.Options(forwarded_allow_ips=trusted, access_log="off", **options)
@@ -4669,7 +4503,9 @@ def test_each_request_of_a_connection_has_a_client_of_its_own_also_in_the_log(tm
 
 
 SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+
 V4 = socket.inet_aton("192.0.2.1") + socket.inet_aton("10.0.0.1") + b"\x12\x67\0\x50"  # from port 4711
+
 V6 = socket.inet_pton(socket.AF_INET6, "2001:db8::1") * 2 + b"\x12\x67\0\x50"
 
 
@@ -4802,25 +4638,18 @@ def test_mounts_the_application_under_a_path(tmp_path: Any) -> None:
     assert ended.returncode == 2 and "--script-name is 'app'" in ended.stderr
 
 
-@pytest.mark.parametrize("mode", ["600", "660", "0777"])
-def test_a_unix_socket_has_the_mode_that_was_asked_for(tmp_path: Any, mode: str) -> None:
-    with Running(tmp_path, "--socket-mode", mode, bind="unix:socket", app=RUNS_QUERY):
-        assert os.stat(str(tmp_path / "socket")).st_mode & 0o777 == int(mode, 8)
-    ended = run_command(tmp_path, "--check", "--socket-mode", "rw")
-    assert ended.returncode == 2 and "--socket-mode is 'rw'" in ended.stderr
-
-
 # Real proxies and clients
 
 README = os.path.join(os.path.dirname(WEBSERVER), "README.md")
-NAMES = "REMOTE_ADDR", "wsgi.url_scheme", "HTTP_HOST", "SERVER_PORT", "SCRIPT_NAME"
+
+TOLD = "REMOTE_ADDR", "wsgi.url_scheme", "HTTP_HOST", "SERVER_PORT", "SCRIPT_NAME"
 
 # Tells what a proxy has told.
 TELLS = """
     def app(environ, start_response):
         start_response("200 OK", [])
         return [" ".join(environ[name] or "-" for name in %s).encode()]
-""" % (NAMES,)
+""" % (TOLD,)
 
 # What nginx needs around the lines of the README to run as any user.
 NGINX = """
@@ -4832,6 +4661,7 @@ NGINX = """
         %s
     }
 """
+
 HAPROXY = """
 defaults
     mode %s
@@ -4843,6 +4673,7 @@ frontend front
     default_backend application
 %s
 """
+
 # A proxy is trusted, and so must not pass on what its own client says of such things.
 LIES = [
     "X-Forwarded-For: 192.0.2.66", "X-Forwarded-Proto: http", "X-Forwarded-Host: evil", "X-Forwarded-Port: 1",
@@ -5024,6 +4855,199 @@ def test_openssl_shows_its_certificate(tmp_path: Any, certificates: str, version
         assert "Traceback" not in server.errors()
 
 
+# ---- 18. Surroundings -------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["stdout closed", "reader of stdout gone", "stdout full", "stdin closed"])
+def test_serves_on_when_its_output_is_lost(tmp_path: Any, fault: str) -> None:
+    read_end, write_end = os.pipe()
+
+    def spoil() -> None:
+        if fault.endswith("closed"):
+            os.close(0 if "stdin" in fault else 1)
+        else:
+            os.dup2(write_end, 1)
+
+    if fault == "stdout full":
+        os.set_blocking(write_end, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(write_end, b"x" * 1000)
+        os.set_blocking(write_end, True)
+    app = RUNS_QUERY.replace('print("imported")', "")
+    with Running(tmp_path, "-c", "4", app=app, popen={"preexec_fn": spoil}) as server:
+        if fault == "reader of stdout gone":
+            os.close(read_end)
+        clients = [server.send("answer = 'whole'", CLOSE) for _ in range(8)]
+        with closing(*clients):
+            words = [receive_answer(client).body for client in clients]
+        assert words == [b"whole"] * 8 and server.leaves_no_zombie()
+        assert len(server.errors()) < 2000, "a flood in the log"
+        assert server.stop() == 0
+    for end in {read_end, write_end} - ({read_end} if fault == "reader of stdout gone" else set()):
+        os.close(end)
+
+
+def can_connect(server: Running) -> bool:
+    """Somebody listens at the port."""
+    with contextlib.suppress(ConnectionRefusedError), server.connect():
+        return True
+    return False
+
+
+@pytest.mark.parametrize("closed", [(0,), (2,), (0, 2), (0, 1, 2)], ids=str)
+def test_started_with_closed_descriptors_no_log_line_goes_astray(tmp_path: Any, closed: tuple[int, ...]) -> None:
+    code = """
+    file = open("data", "ab", buffering=0)
+    file.write(b"data\\n")
+    print("a printed line", flush=True)
+    environ["wsgi.errors"].write("an error\\n")
+    answer = file.fileno() > 2
+    """
+    options: dict[str, Any] = {"popen": {"preexec_fn": lambda: [os.close(fd) for fd in closed]}}
+    with contextlib.ExitStack() as stack:
+        server = Running(tmp_path, app=RUNS_QUERY.replace('print("imported")', ""), **options)
+        stack.push(server)  # without waiting for what it may not be able to say
+        wait_until(lambda: can_connect(server), "the start")
+        assert [server.run(code) for _ in range(2)] == ["True", "True"]
+        assert server.get(make_target("1 // 0")).body.startswith(b"500 Internal")
+        assert server.stop() == 0 and read_file(tmp_path / "data") == "data\n" * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts what is mapped only on Linux")
+def test_a_limit_of_memory_ends_the_request_that_exceeds_it(tmp_path: Any) -> None:
+    """A process that eats memory touches one connection and no other."""
+    with Running(tmp_path, "--limit-memory", "100M", app=RUNS_QUERY) as server:
+        with server.send(HELD) as busy:
+            server.wait_held()
+            answer = server.get(make_target("x = bytearray(500_000_000)"))
+            assert answer.status == 500 and b"memory" in answer.body
+            assert server.get(make_target("x = bytearray(50_000_000)")).status == 200
+            server.go()
+            assert read_answer(busy).status == 200
+        assert "MemoryError" in server.errors()
+        assert " 500 " in server.output() and "--limit-memory" in server.output()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts what is mapped only on Linux")
+def test_a_process_that_has_used_up_its_memory_leaves(tmp_path: Any) -> None:
+    with Running(tmp_path, "--limit-memory", "64M", "--connections-per-child", "0", app=RUNS_QUERY) as server:
+        more = make_target("x = bytearray(40_000_000)").encode()
+        with server.send("os.kept = bytearray(40_000_000)") as client:
+            pid = read_answer(client).body.decode()
+            client.sendall(get(target=more))
+            assert receive_answer(client).status == 500
+        wait_until(lambda: int(pid) not in server.children(), "the end of the process")
+        assert server.run("x = bytearray(40_000_000)") != pid
+
+
+@pytest.mark.parametrize("name", ["notify", "@webserver-test-%d" % os.getpid()])
+def test_notifies_the_service_manager(tmp_path: Any, name: str) -> None:
+    if name[0] == "@" and not sys.platform.startswith("linux"):
+        pytest.skip("the abstract namespace is Linux's")
+    path = name if name[0] == "@" else str(tmp_path / name)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(path.replace("@", "\0", 1))
+        manager.settimeout(PATIENCE)
+        with Running(tmp_path, app=ANSWERS % "0", NOTIFY_SOCKET=path) as server:
+            assert b"READY=1" in manager.recv(4096).split(b"\n")
+            assert server.get().status == 200  # ready is ready
+            before = time.monotonic()
+            server.process.send_signal(signal.SIGHUP)
+            reloading = manager.recv(4096).decode()
+            assert "RELOADING=1" in reloading.split("\n")
+            assert before <= int(find("^MONOTONIC_USEC=([0-9]+)$", reloading)) / 1e6 <= time.monotonic()
+            assert b"READY=1" in manager.recv(4096).split(b"\n")
+            server.process.send_signal(signal.SIGTERM)
+            assert b"STOPPING=1" in manager.recv(4096).split(b"\n")
+            assert server.process.wait(PATIENCE) == 0
+
+
+def test_a_service_manager_that_does_not_listen_stops_nothing(tmp_path: Any) -> None:
+    path = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, socket.socket(socket.AF_UNIX, 2) as filler:
+        manager.bind(path)
+        filler.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                filler.sendto(b"x", path)
+        with Running(tmp_path, app=ANSWERS % "old", NOTIFY_SOCKET=path) as server:
+            assert server.answers("old")
+            write_file(tmp_path / "app.py", ANSWERS % "new")
+            server.process.send_signal(signal.SIGHUP)
+            wait_until(lambda: server.answers("new"), "the new code")
+            assert server.stop() == 0
+
+
+# Privileges
+
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give privileges up")
+
+
+def become_nobody() -> None:
+    """Before an exec: be an unprivileged user."""
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+
+
+@pytest.fixture()
+def public() -> Iterator[Any]:
+    """A folder that everybody can read, unlike those of pytest, and a Python that everybody can run."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        shutil.copy(WEBSERVER, folder)
+        for python in (sys.executable, "/usr/bin/python3"):
+            test = (python, "-c", "import ctypes, sys; assert sys.version_info >= (3, 8)")
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                run_command(folder, argv=test, popen={"preexec_fn": become_nobody}).check_returncode()
+                yield folder, (python, folder + "/webserver.py")
+                return
+        pytest.skip("an unprivileged user can run no Python here: " + sys.executable)
+
+
+@as_root
+@pytest.mark.parametrize("name, gid", [("nobody", None), ("nobody:daemon", "daemon")])
+def test_gives_up_its_privileges_for_good(public: Any, name: str, gid: Any) -> None:
+    import grp
+    import pwd
+
+    entry, (folder, argv) = pwd.getpwnam("nobody"), public
+    group = grp.getgrnam(gid).gr_gid if gid else entry.pw_gid
+    with Running(folder, "--user", name, app=RUNS_QUERY, argv=argv) as server:
+        found = eval(server.run("answer = (*os.getresuid(), *os.getresgid(), *os.getgroups())"))
+        assert set(found[:3]) == {entry.pw_uid} and set(found[3:]) == {group}
+        code = "for f in (os.setuid, os.seteuid, os.setgid):\n  try: f(0); break\n  except OSError: answer = 'no'"
+        assert server.run(code) == "no"
+        assert set(find("Uid:(.*)", read_file("/proc/%d/status" % server.pid)).split()) == {str(entry.pw_uid)}
+        assert "running as root" not in server.errors()
+        write_file(folder + "/app.py", ANSWERS % "new")
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: server.answers("new"), "the new code, which an unprivileged parent loads")
+        assert server.stop() == 0
+
+
+@as_root
+def test_advises_root_to_give_it_up(tmp_path: Any) -> None:
+    with Running(tmp_path, app=RUNS_QUERY) as server:
+        assert len([line for line in server.errors().splitlines() if "--user" in line]) == 1
+
+
+@pytest.mark.parametrize("name", ["no-such-user", "nobody:no-such-group"])
+def test_an_unknown_user_is_one_clear_sentence(tmp_path: Any, name: str) -> None:
+    write_file(tmp_path / "app.py", RUNS_QUERY)
+    ended = run_command(tmp_path, "-b", "127.0.0.1:%d" % free_port(), "--user=" + name, "app")
+    assert ended.returncode in (1, 2) and ended.stderr.count("\n") == 1 and name in ended.stderr
+
+
+@as_root
+def test_nobody_but_root_can_become_another(public: Any) -> None:
+    folder, argv = public
+    words = ("-b", "127.0.0.1:%d" % free_port(), "--user", "root")
+    ended = run_command(folder, *words, argv=argv, popen={"preexec_fn": become_nobody})
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1 and "root" in ended.stderr
+
+
 # ---- 19. Before the fork ----------------------------------------------------
 
 # Loads at its first request what it keeps, and can be told to leave something open.
@@ -5127,61 +5151,47 @@ def test_nothing_is_said_of_a_clean_application(tmp_path: Any) -> None:
         assert not re.search("the application has|warmed up", server.errors())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts what is mapped only on Linux")
-def test_a_limit_of_memory_ends_the_request_that_exceeds_it(tmp_path: Any) -> None:
-    """A process that eats memory touches one connection and no other."""
-    with Running(tmp_path, "--limit-memory", "100M", app=RUNS_QUERY) as server:
-        with server.send(HELD) as busy:
-            server.wait_held()
-            answer = server.get(make_target("x = bytearray(500_000_000)"))
-            assert answer.status == 500 and b"memory" in answer.body
-            assert server.get(make_target("x = bytearray(50_000_000)")).status == 200
-            server.go()
-            assert read_answer(busy).status == 200
-        assert "MemoryError" in server.errors()
-        assert " 500 " in server.output() and "--limit-memory" in server.output()
+def test_a_process_that_is_forked_at_import_does_not_hold_the_port(tmp_path: Any) -> None:
+    code = "import os, time\npid = os.fork()\nif pid == 0:\n    time.sleep(60)\n    os._exit(0)\n"
+    app = code + textwrap.dedent(ANSWERS % "%d").replace('b"%d"', 'b"%d" % pid')
+    with Running(tmp_path, app=app) as server:
+        pid = int(server.get().body)
+        try:
+            assert server.stop() == 0 and is_alive(pid)
+            socket.create_server(("127.0.0.1", server.port)).close()
+        finally:
+            os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts what is mapped only on Linux")
-def test_a_process_that_has_used_up_its_memory_leaves(tmp_path: Any) -> None:
-    with Running(tmp_path, "--limit-memory", "64M", "--connections-per-child", "0", app=RUNS_QUERY) as server:
-        more = make_target("x = bytearray(40_000_000)").encode()
-        with server.send("os.kept = bytearray(40_000_000)") as client:
-            pid = read_answer(client).body.decode()
-            client.sendall(get(target=more))
-            assert receive_answer(client).status == 500
-        wait_until(lambda: int(pid) not in server.children(), "the end of the process")
-        assert server.run("x = bytearray(40_000_000)") != pid
+@pytest.mark.parametrize("starts", [True, False])
+def test_warns_of_threads_that_no_child_will_have(tmp_path: Any, starts: bool) -> None:
+    code = "\n    import threading\n    threading.Thread(target=time.sleep, args=(600,), name='ticker', daemon=True)"
+    with Running(tmp_path, app=RUNS_QUERY + code + ".start()\n" * starts) as server:
+        assert (re.search("thread.*ticker", server.errors()) is not None) == starts
 
 
-@pytest.mark.parametrize("field", [b"Connection: keep-alive", b"Connection: close"])
-def test_an_untouched_chunked_body_is_told_with_what_to_do(tmp_path: Any, field: bytes) -> None:
-    """Django and Bottle take a body without CONTENT_LENGTH for none."""
-    code = "answer = environ.get('CONTENT_LENGTH', '-') + environ['wsgi.input'].read(%s).decode()[:3]"
-    words = "--buffer-chunked", "1K"
-    with Running(tmp_path, *words, app=RUNS_QUERY) as server:
-        for size, amount, expected in ((1024, "", b"1024xxx"), (1025, "", b"-xxx"), (70_000, "0", b"-")):
-            assert "--buffer-chunked" not in server.errors()
-            with server.connect() as client:
-                target = make_target(code % amount).encode()
-                head = get(field, b"Transfer-Encoding: chunked", target=target, method=b"POST")
-                client.sendall(head + b"%x\r\n%s\r\n0\r\n\r\n" % (size, b"x" * size))
-                assert read_answer(client).body == expected
-        assert "more than 1024 bytes: raise --buffer-chunked" in server.wait_for_log("read nothing")
+# ---- 20. Application --------------------------------------------------------
+
+CHECKS = [  # the code, the name, the exit status, what it prints
+    (ANSWERS % "0", "app", 0, "app"),
+    (ANSWERS % "0", "app:app", 0, "app"),
+    ("class Site:\n  def __call__(self, e, s): pass\ndef make(): return Site()\n", "app:make()", 0, "Site"),
+    (ANSWERS % "0", "app:missing", 1, "missing"),
+    ("def app(:\n", "app", 1, "SyntaxError"),
+    ("1 // 0", "app", 1, "ZeroDivisionError"),
+    ("", "nowhere", 1, "nowhere"),
+]
 
 
-def test_advice_is_given_once_where_processes_cost_much(tmp_path: Any) -> None:
-    with Running(tmp_path, app=RUNS_QUERY) as server:
-        burn = "end = time.process_time() + 0.025\nwhile time.process_time() < end: pass"
-        for _ in range(webserver.ADVICE_AFTER + 20):
-            assert "--warm-up" not in server.errors()[: -500] and server.run(burn)
-        line = server.wait_for_log("--warm-up")
-        assert re.search(r"a process takes [23]\d ms of processor and serves 1\.0 requests", line)
-        assert server.errors().count("--connections-per-child N") == 1
-        server.process.send_signal(signal.SIGUSR1)
-        line = server.wait_for_log("in all")
-        assert int(find(r"(\d+) requests", line)) >= webserver.ADVICE_AFTER
-        assert int(find(r"(\d+) ms of processor", line)) > 25 * webserver.ADVICE_AFTER
+@pytest.mark.parametrize("code, name, status, word", CHECKS)
+def test_check_tells_what_it_finds_and_binds_nothing(
+    tmp_path: Any, code: str, name: str, status: int, word: str
+) -> None:
+    write_file(tmp_path / "app.py", code)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ended = run_command(tmp_path, "--check", "-b", "127.0.0.1:%d" % taken.getsockname()[1], name)
+    assert ended.returncode == status and word in (ended.stderr if status else ended.stdout)
+    assert (ended.stdout if status else ended.stderr) == ""
 
 
 MODULES = {
@@ -5218,6 +5228,59 @@ def modules(tmp_path_factory: Any) -> str:
         (folder / (name + ".py")).write_text(text)
     return str(folder)
 
+
+FAULTS = [("syntax", "SyntaxError"), ("needs:app", "a_dependency_that_is_not_there"),
+          ("fails", "the fault of the user"), ("factory:make()", "ZeroDivisionError"),
+          ("leaves", "bye")]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, word", FAULTS)
+def test_a_fault_of_the_user_shows_his_traceback_without_our_frames(modules: str, name: str, word: str) -> None:
+    ended = run_command(modules, "-b", "127.0.0.1:%d" % free_port(), name)
+    assert ended.returncode == 1 and word in ended.stderr, ended.stderr
+    assert name.partition(":")[0] + ".py" in ended.stderr
+    assert not re.search(r'File ".*(webserver\.py|importlib.*)"', ended.stderr), ended.stderr
+
+
+NAMES = [("good", b"application"), ("short", b"app"), ("both", b"application"), ("both:app", b"app"),
+         ("deep.site:site", b"deep"), ("deep.site:make()", b"deep"), ("deep.site:Site()", b"deep"),
+         ("kinds:create()", b"good"), ("kinds:Response", b"class"), ("kinds:Site()", b"good"), ("kinds:part", b"good"),
+         ("kinds:method", b"good"), ("kinds:wrapped", b"good"),
+         ("deep.site:Site.inner.web", b"deep"), ("wsgiref.simple_server:demo_app", b"Hello world!")]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, body", NAMES)
+def test_finds_the_application_by_name(modules: str, name: str, body: bytes) -> None:
+    with Running(modules, name) as server:
+        assert server.get().body.startswith(body)
+
+
+def test_the_built_in_page_shows_the_process_and_the_environ(tmp_path: Any) -> None:
+    with Running(tmp_path) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+        with closing(connection):
+            pages = []
+            for accept in ("*/*", "text/html,application/xhtml+xml,*/*;q=0.8"):
+                connection.request("GET", "/a?q=<script>&amp;", headers={"Accept": accept, "X-Tag": "<b>"})
+                response = connection.getresponse()
+                policy = response.getheader("Content-Security-Policy")
+                pages.append((response.getheader("Content-Type"), response.read().decode()))
+        (plain_type, plain), (html_type, html) = pages
+        assert plain_type.startswith("text/plain") and html_type.startswith("text/html")
+        pid = find(r"process (\d+)", plain)
+        assert pid in html and pid != str(server.pid)
+        assert "<script>" in plain and "<script>" not in html and "<b>" not in html and "&lt;script&gt;" in html
+        keys = re.findall(r"^\W*([A-Z_]{4,}|wsgi\.\w+)\b", plain, re.M)
+        assert server.get("/favicon.ico").status == 404
+        style = find(r"(?s)<style>(.*?)</style>", html).encode()
+        digest = base64.b64encode(hashlib.sha256(style).digest()).decode()
+        assert policy == "default-src 'none'; style-src 'sha256-%s'; base-uri 'none'; frame-ancestors 'none'" % digest
+        assert re.findall("<h2>(.*?)</h2>", html) == ["Request", "Fields", "WSGI", "Server"]
+        assert sorted(re.findall("<dt>(.*?)<dd>", html)) == re.findall(r"^(\S+) = ", plain, re.M)
+        assert keys == sorted(keys) and {"PATH_INFO", "wsgi.input", "HTTP_X_TAG", "REMOTE_ADDR"} <= set(keys)
+
+
+# ---- 21. Command line -------------------------------------------------------
 
 MISTAKES = [  # the words, the exit status, what the one line on stderr must hold
     ("nowhere:app", 1, ["nowhere"]),
@@ -5335,32 +5398,6 @@ def test_a_port_without_permission_is_one_clear_sentence(modules: str) -> None:
     assert ended.returncode == 1 and "permi" in ended.stderr.lower() and ended.stderr.count("\n") == 1
 
 
-FAULTS = [("syntax", "SyntaxError"), ("needs:app", "a_dependency_that_is_not_there"),
-          ("fails", "the fault of the user"), ("factory:make()", "ZeroDivisionError"),
-          ("leaves", "bye")]  # fmt: skip
-
-
-@pytest.mark.parametrize("name, word", FAULTS)
-def test_a_fault_of_the_user_shows_his_traceback_without_our_frames(modules: str, name: str, word: str) -> None:
-    ended = run_command(modules, "-b", "127.0.0.1:%d" % free_port(), name)
-    assert ended.returncode == 1 and word in ended.stderr, ended.stderr
-    assert name.partition(":")[0] + ".py" in ended.stderr
-    assert not re.search(r'File ".*(webserver\.py|importlib.*)"', ended.stderr), ended.stderr
-
-
-NAMES = [("good", b"application"), ("short", b"app"), ("both", b"application"), ("both:app", b"app"),
-         ("deep.site:site", b"deep"), ("deep.site:make()", b"deep"), ("deep.site:Site()", b"deep"),
-         ("kinds:create()", b"good"), ("kinds:Response", b"class"), ("kinds:Site()", b"good"), ("kinds:part", b"good"),
-         ("kinds:method", b"good"), ("kinds:wrapped", b"good"),
-         ("deep.site:Site.inner.web", b"deep"), ("wsgiref.simple_server:demo_app", b"Hello world!")]  # fmt: skip
-
-
-@pytest.mark.parametrize("name, body", NAMES)
-def test_finds_the_application_by_name(modules: str, name: str, body: bytes) -> None:
-    with Running(modules, name) as server:
-        assert server.get().body.startswith(body)
-
-
 def test_tells_its_version_and_explains_its_options(modules: str) -> None:
     version, ended = run_command(modules, "--version"), run_command(modules, "--help")
     assert version.returncode == 0 and re.fullmatch(r"webserver(\.py)?[ /]\d+\.\d+\S*\n", version.stdout)
@@ -5379,31 +5416,6 @@ def test_no_fork_serves_in_one_process_and_ends_by_control_c(tmp_path: Any) -> N
         assert server.children() == []
         server.stop(signal.SIGINT)
         assert "KeyboardInterrupt" not in server.errors()
-
-
-def test_the_built_in_page_shows_the_process_and_the_environ(tmp_path: Any) -> None:
-    with Running(tmp_path) as server:
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
-        with closing(connection):
-            pages = []
-            for accept in ("*/*", "text/html,application/xhtml+xml,*/*;q=0.8"):
-                connection.request("GET", "/a?q=<script>&amp;", headers={"Accept": accept, "X-Tag": "<b>"})
-                response = connection.getresponse()
-                policy = response.getheader("Content-Security-Policy")
-                pages.append((response.getheader("Content-Type"), response.read().decode()))
-        (plain_type, plain), (html_type, html) = pages
-        assert plain_type.startswith("text/plain") and html_type.startswith("text/html")
-        pid = find(r"process (\d+)", plain)
-        assert pid in html and pid != str(server.pid)
-        assert "<script>" in plain and "<script>" not in html and "<b>" not in html and "&lt;script&gt;" in html
-        keys = re.findall(r"^\W*([A-Z_]{4,}|wsgi\.\w+)\b", plain, re.M)
-        assert server.get("/favicon.ico").status == 404
-        style = find(r"(?s)<style>(.*?)</style>", html).encode()
-        digest = base64.b64encode(hashlib.sha256(style).digest()).decode()
-        assert policy == "default-src 'none'; style-src 'sha256-%s'; base-uri 'none'; frame-ancestors 'none'" % digest
-        assert re.findall("<h2>(.*?)</h2>", html) == ["Request", "Fields", "WSGI", "Server"]
-        assert sorted(re.findall("<dt>(.*?)<dd>", html)) == re.findall(r"^(\S+) = ", plain, re.M)
-        assert keys == sorted(keys) and {"PATH_INFO", "wsgi.input", "HTTP_X_TAG", "REMOTE_ADDR"} <= set(keys)
 
 
 def test_serves_from_python(tmp_path: Any) -> None:
@@ -5449,14 +5461,6 @@ def test_serve_outside_the_main_thread_is_one_clear_sentence() -> None:
     assert [type(error) for error in errors] == [webserver.StartError] and "main thread" in str(errors[0])
 
 
-@on_linux
-def test_needs_the_standard_library_alone_and_no_writable_disk(tmp_path: Any) -> None:
-    """-I and -S leave nothing else to import; in /proc nobody can create a file, and TMPDIR is none."""
-    argv = (sys.executable, "-I", "-S", WEBSERVER)
-    with Running(tmp_path, argv=argv, popen={"cwd": "/proc"}, TMPDIR="/nowhere", HOME="/nowhere") as server:
-        assert server.get().status == 200 and server.stop() == 0, server.errors()
-
-
 def test_importing_has_no_effect(tmp_path: Any) -> None:
     code = """\
     import atexit, os, signal, sys, threading
@@ -5471,6 +5475,17 @@ def test_importing_has_no_effect(tmp_path: Any) -> None:
     argv = (sys.executable, "-c", textwrap.dedent(code))
     ended = run_command(tmp_path, argv=argv, PYTHONPATH=os.path.dirname(WEBSERVER))
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+@on_linux
+def test_needs_the_standard_library_alone_and_no_writable_disk(tmp_path: Any) -> None:
+    """-I and -S leave nothing else to import; in /proc nobody can create a file, and TMPDIR is none."""
+    argv = (sys.executable, "-I", "-S", WEBSERVER)
+    with Running(tmp_path, argv=argv, popen={"cwd": "/proc"}, TMPDIR="/nowhere", HOME="/nowhere") as server:
+        assert server.get().status == 200 and server.stop() == 0, server.errors()
+
+
+# The text
 
 
 def test_the_promises_name_tests_that_there_are() -> None:
