@@ -776,11 +776,12 @@ class Response:
             if not (block or is_last):
                 return
             framing, before = self.frame(len(block) if is_last else None)
-        if len(block) > framing.length - self.sent:
+        room = framing.length - self.sent
+        if len(block) > room:
             if not self.drops_blocks:
                 self.drops_blocks = True
                 log_error("the body is longer than its Content-Length of %d: cut there" % framing.length)
-            block = block[: int(framing.length - self.sent)]
+            block = block[: int(room)]
         if framing.is_chunked:
             if block:
                 before, behind = before + b"%x\r\n" % len(block), b"\r\n"
@@ -799,7 +800,7 @@ class Response:
             self.is_complete = True
             if framing.is_ended_by_close:
                 self.stream.reset_on_close(False)
-            elif self.sent < framing.length != UNBOUNDED:
+            elif len(block) < room < UNBOUNDED:
                 raise ValueError("the body has %d bytes, its Content-Length is %d" % (self.sent, framing.length))
         elif block:
             self.stream.slot.mark_progress()
