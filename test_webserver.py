@@ -4710,7 +4710,7 @@ def replace(text: str, changes: dict[str, str]) -> str:
 def curl(*words: str) -> str:
     """What curl has got from a server; it connects from another address than the proxies do."""
     command = ["curl", "-sS", "--noproxy", "*", "--max-time", "20", "--interface", "127.0.0.2", *words]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=2 * PATIENCE)
+    ended = subprocess.run(command, capture_output=True, timeout=2 * PATIENCE)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout.decode()
 

@@ -1765,7 +1765,8 @@ class Signals:
     A handler notes the number, a byte in the mailbox ends the sleep, and the loop acts. Where no loop of ours runs,
     `Child.on_signal` or `end_loading` gets the number at once. WARNING: CPython forgets signals that come between
     fork(2) and the return of os.fork(). What is asked of a child of ours is on the scoreboard. But the application may
-    terminate a process of its own as soon as it knows the pid: so signals wait around its fork, in any thread.
+    terminate a process of its own as soon as it knows the pid: so signals wait around its fork, in any thread. In the
+    parent, where `detach` is None while it serves, nothing waits: only children of ours are forked there.
     """
 
     def __init__(self, wakeup: socket.socket) -> None:
