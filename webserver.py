@@ -742,7 +742,7 @@ class ResponseHead(NamedTuple):
 class Framing(NamedTuple):
     """How a response is framed: decided once, when its head is sent (RFC 9112 §6.3)."""
 
-    lines: bytes  # from the status-line on, but for the Date and the empty line
+    head: bytes  # from the status-line to the empty line
     length: float  # of the body, in bytes; UNBOUNDED if only its end will tell
     has_body: bool  # else what the application gives is dropped
     is_chunked: bool
@@ -775,32 +775,33 @@ class Response:
         if framing is None:
             if not (block or is_last):
                 return
-            framing, before = self.frame(len(block) if is_last else None)
-        room = framing.length - self.sent
-        if len(block) > room:
+            framing = self.frame(len(block) if is_last else None)
+            before = framing.head
+        size, room = len(block), framing.length - self.sent
+        if size > room:
             if not self.drops_blocks:
                 self.drops_blocks = True
                 log_error("the body is longer than its Content-Length of %d: cut there" % framing.length)
-            block = block[: int(room)]
+            block, size = block[: int(room)], int(room)
         if framing.is_chunked:
             if block:
-                before, behind = before + b"%x\r\n" % len(block), b"\r\n"
+                before, behind = before + b"%x\r\n" % size, b"\r\n"
             if is_last:
                 behind += b"0\r\n\r\n"
         try:
-            if len(block) > JOIN_SIZE and (before or behind):
+            if size > JOIN_SIZE and (before or behind):
                 self.stream.send(before, block, behind)
             elif before or block or behind:
                 self.stream.send(before + block + behind)
         except ClientGoneError as gone:
-            self.sent += min(max(gone.args[0] - len(before), 0), len(block))
+            self.sent += min(max(gone.args[0] - len(before), 0), size)
             raise
-        self.sent += len(block)
+        self.sent += size
         if is_last:
             self.is_complete = True
             if framing.is_ended_by_close:
                 self.stream.reset_on_close(False)
-            elif len(block) < room < UNBOUNDED:
+            elif size < room < UNBOUNDED:
                 raise ValueError("the body has %d bytes, its Content-Length is %d" % (self.sent, framing.length))
         elif block:
             self.stream.slot.mark_progress()
@@ -816,15 +817,15 @@ class Response:
         if not (stat.S_ISREG(status.st_mode) and status.st_blocks):
             return False
         offset = file.tell()
-        framing, head = self.frame(max(status.st_size - offset, 0))
-        self.stream.send(head)
+        framing = self.frame(max(status.st_size - offset, 0))
+        self.stream.send(framing.head)
         # To read and send was 1.4 times as fast as sendfile(2) over loopback on Linux 6.18, and took less processor.
         while block := os.pread(fd, int(min(framing.length - self.sent, FILE_BLOCK_SIZE)), offset + self.sent):
             self.send(block)
         return True
 
-    def frame(self, size: int | None) -> tuple[Framing, bytes]:
-        """Decide the framing, for a body of this size if it is known; return it, and the head that tells it."""
+    def frame(self, size: int | None) -> Framing:
+        """Decide the framing, for a body of this size if it is known."""
         if self.head is None:
             raise AssertionError("the application did not call start_response")
         if self.body:
@@ -838,16 +839,19 @@ class Response:
             self.is_closing |= slot.is_told(STOPPING) or bool(self.stream.buffer and not self.body)
         if self.stream.rest_timeout:  # nobody else could go on with this connection
             self.is_closing |= slot.is_told(PRESSED) or slot.must_leave(time.monotonic())
-        framing = make_framing(self.head, self.request.method, self.request.version, size, self.is_closing)
+        second = int(time.time())
+        framing = make_framing(self.head, self.request.method, self.request.version, size, self.is_closing, second)
         self.framing, self.is_closing, self.drops_blocks = framing, framing.is_closing, not framing.has_body
         if framing.is_ended_by_close:
             self.stream.reset_on_close(True)
-        return framing, framing.lines + (b"\r\n" if self.head.has_date else make_date(int(time.time())))
+        return framing
 
 
 @lru_cache(maxsize=64)
-def make_framing(head: ResponseHead, method: str, version: str, size: int | None, is_closing: bool) -> Framing:
-    """Return the framing of a response, for a body of this size if it is known from elsewhere than its head."""
+def make_framing(
+    head: ResponseHead, method: str, version: str, size: int | None, is_closing: bool, second: int
+) -> Framing:
+    """Return the framing of a response at this time, for a body of this size if it is known from elsewhere."""
     lines, length, is_http10 = head.lines, head.length, version == "HTTP/1.0"
     has_body = method != "HEAD" and head.status not in (204, 304)  # RFC 9110 §6.4.1
     if length is None and (size or has_body):
@@ -860,6 +864,7 @@ def make_framing(head: ResponseHead, method: str, version: str, size: int | None
         lines += b"Content-Length: %d\r\n" % length
     if is_closing or is_http10:
         lines += b"Connection: close\r\n" if is_closing else b"Connection: keep-alive\r\n"
+    lines += b"\r\n" if head.has_date else make_date(second)
     bound = 0 if not has_body else UNBOUNDED if length is None else length
     return Framing(lines, bound, has_body, is_chunked, is_closing, bound == UNBOUNDED and not is_chunked)
 
@@ -1262,9 +1267,9 @@ def describe_address(listener: socket.socket, scheme: str) -> str:
 # state and time are one aligned double, so that nobody reads one without the other. A store costs 50 ns.
 
 STOPPING, PRESSED, WANTED = 1, 2, 4  # orders: responses close; requests wait and no child is to be had; one is forked
-RECORD = struct.Struct("=q44s196s")  # how many requests, the client, and the request-line
+RECORD = struct.Struct("=44s196s")  # the client, and the request-line
 give_way = getattr(os, "sched_yield", lambda: None)  # sched_yield(2), which not every system has
-SLOT_SIZE = 36 * 8  # six numbers and the texts; small, so that the first slots share one page of memory
+SLOT_SIZE = 36 * 8  # six numbers and a record; small, so that the first slots share one page of memory
 
 
 class Scoreboard:
@@ -1311,7 +1316,7 @@ class Scoreboard:
 
     def read_text(self, slot: int, number: int) -> str:
         """Return the client (0) or the request-line (1) of the child in the slot, as it may be printed."""
-        text: bytes = RECORD.unpack_from(self.memory, 48 + slot * SLOT_SIZE)[number + 1]
+        text: bytes = RECORD.unpack_from(self.memory, 56 + slot * SLOT_SIZE)[number]
         return escape(text.rstrip(b"\0").decode("latin-1"))
 
     def describe(self, slot: int) -> str:
@@ -1325,15 +1330,15 @@ class Slot:
     """Owns a place on the scoreboard, in which the process that serves says what it does."""
 
     def __init__(self, board: Scoreboard) -> None:
-        self.client, self.requests, self.look_at = b"", 0, 0.0
+        self.client, self.line, self.requests, self.look_at = b"", b"", 0, 0.0
         self.memo = b""  # what a PROXY header has told of the connection in hand
         self.attach(board, 0, os.getpid())
 
     def attach(self, board: Scoreboard, index: int, pid: int) -> None:
         """Have this place from now on, for the process with this pid."""
         self.board, self.index = board, index
-        self.write = partial(RECORD.pack_into, board.memory, 48 + index * SLOT_SIZE)
-        self.since, self.leave_by, self.orders = board.since, board.leave_by, board.orders
+        self.write = partial(RECORD.pack_into, board.memory, 56 + index * SLOT_SIZE)
+        self.since, self.leave_by, self.orders, self.counts = board.since, board.leave_by, board.orders, board.requests
         self.pid, self.parent = pid, os.getppid()
 
     def mark_waiting(self, is_waiting: bool, taken: int = 0) -> None:
@@ -1341,6 +1346,10 @@ class Slot:
         self.since[self.index] = 0.0
         self.board.waiting[self.index] = is_waiting
         self.board.taken[self.index] += taken
+
+    def mark_client(self, client: bytes) -> None:
+        """The connection of this client is in hand."""
+        self.client, self.line = client, b""
 
     def mark_silent(self) -> float:
         """The client is waited for; return the time."""
@@ -1351,7 +1360,10 @@ class Slot:
     def mark_busy(self, line: bytes) -> float:
         """A request is in hand; return the time."""
         self.requests += 1
-        self.write(self.requests, self.client, line)
+        self.counts[self.index] = self.requests
+        if line is not self.line:  # clients repeat their heads
+            self.line = line
+            self.write(self.client, line)
         now = self.since[self.index] = time.monotonic()
         return now
 
@@ -1362,6 +1374,7 @@ class Slot:
 
     def retire(self, deadline: float = UNBOUNDED) -> None:
         """Have this process leave after its connection, by this time at the latest."""
+        self.look_at = 0.0
         self.leave_by[self.index] = min(self.leave_by[self.index] or deadline, deadline)
 
     def is_told(self, order: int) -> bool:
@@ -1370,7 +1383,7 @@ class Slot:
 
     def must_leave(self, now: float) -> bool:
         """Return whether this process must leave, because it was told so or because its parent is dead."""
-        if now > self.look_at:  # getppid(2) after each request would cost 3 %
+        if now > self.look_at:
             self.look_at = now + TICK
             if os.getppid() != self.parent:
                 self.retire(now)
@@ -1387,6 +1400,8 @@ class Slot:
     def may_wait(self) -> bool:
         """The request is done: return whether the next one may be waited for; give way to a parent that must fork."""
         orders, now = self.orders[0], self.mark_silent()
+        if not orders and now <= self.look_at:  # to look around after each request would cost 5 %
+            return True
         if orders & WANTED:
             give_way()  # the parent competes with all busy children, and newcomers wait for it
         return not (orders & PRESSED or self.must_leave(now))
@@ -1508,7 +1523,7 @@ class Child:
         except OSError:  # it was reset: nobody would get the answer
             sock.close()
             return
-        self.slot.client = address[0].encode() if isinstance(address, tuple) else b"unix"
+        self.slot.mark_client(address[0].encode() if isinstance(address, tuple) else b"unix")
         while self.serve_connection(sock, address, self.slot, deadline) and not self.give_back(sock):
             deadline = None  # the mailbox is full: the client is waited for once more
 
@@ -2522,7 +2537,7 @@ class Transport:
             slot.memo = read_proxy_header(stream, until).encode()
         if slot.memo not in (b"", b"-"):
             shared["REMOTE_ADDR"], shared["REMOTE_PORT"] = slot.memo.decode().split()
-            slot.client = slot.memo.split()[0]
+            slot.mark_client(slot.memo.split()[0])
         if self.context:
             stream.sock = accept_tls(self.context, stream, until)
             shared.update(stream.sock.make_environ())
