@@ -8,22 +8,22 @@
 It needs CPython 3.8 or later on a POSIX system, and no package. It writes nothing to disk and runs as any user,
 also as PID 1 of a container. A request that crashes, hangs or exits takes down its own connection and no other.
 
-How to read it. Part one knows HTTP and WSGI and never forks. Part two knows processes and no HTTP. They share one
-object, the Slot, in which a process writes what it does. Part three is what a server in production needs besides. In
-each section the headline comes first, then what it calls. Three lives run through the file:
+How to read it. Part one knows HTTP and WSGI and never forks. Part two knows processes and leaves HTTP to part one.
+They share one class, Slot, through which a process reports its state and sees its orders. Part three adds what a
+server in production needs. In each section the main class or function comes first. Three life cycles:
 
     bytes -> Stream -> Request -> environ -> application -> Response -> bytes        the life of a request
     accept -> rest -> a whole head -> queue -> child: requests -> silence -> rest    the life of a connection
     fork -> receive a connection -> serve -> exit -> reap                            the life of a child
 
-`grep '^# ----' webserver.py` prints the table of contents. The last function, `main`, is the summary. What it refuses
-to be: HTTP/2 and a server of static files (the work of a proxy in front), WebSocket, ASGI, a daemon, Windows.
+`grep '^# ----' webserver.py` prints the table of contents. The functions `start` and `run`, near the end, are the
+summary. Not supported: HTTP/2 and static files (the work of a proxy in front), WebSocket, ASGI, daemons, Windows.
 
 Sources, cited where a rule is enforced: RFC 9110 (HTTP semantics), RFC 9112 (HTTP/1.1), RFC 3986 (URI), PEP 3333
 (WSGI), and the man pages waitpid(2), signal(7), socket(7), tcp(7), unix(7), sd_listen_fds(3) and sd_notify(3).
 """
 
-# Nothing heavy is imported: every fork copies it. What few processes need is imported where it is used.
+# No heavy module is imported here: every fork would copy it. One that few processes need is imported where it is used.
 from __future__ import annotations
 
 import argparse
@@ -64,22 +64,22 @@ Application = Callable[[Environ, StartResponse], Iterable[bytes]]
 
 # ---- Part one: HTTP and WSGI ------------------------------------------------
 # ---- 1. Options and limits --------------------------------------------------
-# What can be set, and every other limit with its reason and the status that answers an excess. In bytes and seconds.
+# The options, and every fixed limit with its reason and the status code that answers an excess, in bytes and seconds.
 
 
-# Of each field of Options, in their order, what only the command line and the check of the options have to know: the
-# metavar, the help, what is allowed (from the least to the greatest number, or the words; None: anything), a short form
+# For each field of Options, in order, what only the command line and the check of the options need: the metavar, the
+# help text, the allowed values (the least and the greatest number, or the words; None: any value), the short form
 OPTIONS: list[tuple[str, str, Any, str]] = []
 
 
 def option(default: Any, metavar: str, help: str, allowed: Any = None, short: str = "") -> Any:
-    """Note these facts of the next field of Options, and return its default."""
+    """Record the facts about the next field of Options, and return its default."""
     OPTIONS.append((metavar, help, allowed, short))
     return default
 
 
 class Options(NamedTuple):
-    """What can be set: on the command line, or in a call of `serve` by these names."""
+    """The options: given on the command line, or by these names as keyword arguments of `serve`."""
 
     bind: str = option("", "ADDRESS", "HOST:PORT, [::1]:PORT, :PORT, unix:PATH, fd:N (127.0.0.1:8000)", short="-b")
     max_children: int = option(256, "N", "processes at work at one time", (1, 65536), "-c")
@@ -112,21 +112,21 @@ MAX_FIELD_LINE = 8190  # 431; as Apache's LimitRequestFieldSize
 MAX_FIELDS = 100  # 431; as Apache's LimitRequestFields; the same for a trailer section
 MAX_HEAD = 65536  # 431; the request-line, all field lines and the empty line
 MAX_CHUNK_LINE = 4096  # 400; a chunk-size with its extensions
-MAX_CHUNK_EXTENSIONS = 16384  # 400; of all chunks together: else 1 byte of data could cost 4096 to parse
-MAX_DRAINED = 65536  # what a server reads of a body that the application left unread, to keep the connection
-MAX_REMEMBERED = 2048  # a head: larger ones, and their lines, are parsed anew, or they could fill the memory
-TICK = 1.0  # the clock of waiting: a process that waits looks around so often
-HEAD_TIMEOUT = 10.0  # 408; from a head's first byte to its last; silent up to a connection's first byte: closed
-MIN_RATE = 500  # 408; bytes a second that a client must send or take, as the default of Apache's mod_reqtimeout
-MIN_RATE_GRACE = 20.0  # while it is waited for so long; after that, on average
+MAX_CHUNK_EXTENSIONS = 16384  # 400; in all chunks of a body: else each byte of data could cost 4096 to parse
+MAX_DRAINED = 65536  # the server reads up to this of a body that the application left unread, to keep the connection
+MAX_REMEMBERED = 2048  # a larger head is parsed without the caches, and so are its lines: they could fill the memory
+TICK = 1.0  # a process that waits checks its deadlines and its orders once in this time
+HEAD_TIMEOUT = 10.0  # 408; from the first byte of a head to its last. A connection without a first byte is closed then
+MIN_RATE = 500  # 408; bytes a second that a client must send or take on average, as Apache's mod_reqtimeout wants
+MIN_RATE_GRACE = 20.0  # the average counts once the waits for the client add up to more than this, in one request
 MIN_RATE_PRESSED = 32768  # the same under pressure, in each second: a third of what a slow but honest client takes
-LINGER_TIMEOUT = 30.0  # to read and drop what a refused client still sends, as nginx's lingering_time
-LINGER_SILENCE = 2.0  # and how long it may send nothing meanwhile
+LINGER_TIMEOUT = 30.0  # to read and drop what a client still sends before the close, as nginx's lingering_time
+LINGER_SILENCE = 2.0  # the longest silence of the client within that time
 RECEIVE_SIZE = 65536  # one recv
-JOIN_SIZE = 16384  # up to here copying blocks together is cheaper than sendmsg
-FILE_BLOCK_SIZE = 1 << 18  # what is read of a file at once
+JOIN_SIZE = 16384  # a block up to this size is copied behind its head, which is cheaper than sendmsg
+FILE_BLOCK_SIZE = 1 << 18  # one read of a file
 PLAIN_FILES = [(kind, io.FileIO) for kind in (io.FileIO, io.BufferedReader, io.BufferedRandom)]  # with their `raw`
-UNBOUNDED = float("inf")  # the length of a body that nothing tells beforehand
+UNBOUNDED = float("inf")  # a length that is unknown when the head is sent; no deadline
 REASONS = {
     400: "Bad Request", 404: "Not Found", 408: "Request Timeout", 413: "Content Too Large", 414: "URI Too Long",
     417: "Expectation Failed", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
@@ -135,19 +135,19 @@ REASONS = {
 
 
 class HTTPError(Exception):
-    """An exchange that ends in an error: the status code, and a detail for the client and the log."""
+    """The request ends in an error. Arguments: the status code, and a detail for the client and the log."""
 
 
 class ClientGoneError(Exception):
-    """The client has closed, was cut off, or does not read: nobody is left to answer. How much it was sent before."""
+    """The client has closed, was cut off or does not read: no answer can reach it. Argument: bytes sent, at least."""
 
 
 class ClientSilentError(Exception):
-    """The client was waited for and has sent or taken nothing, or too little."""
+    """The server has waited for the client, which has sent or taken nothing, or too little."""
 
 
 class Overdue(BaseException):
-    """The deadline of the request has passed; no Exception, so that an application's `except Exception` lets it by."""
+    """The deadline of the request has passed. A BaseException, which `except Exception` in an application misses."""
 
 
 def require(condition: Any, status: int, detail: str) -> None:
@@ -157,8 +157,8 @@ def require(condition: Any, status: int, detail: str) -> None:
 
 
 # ---- 2. Grammar -------------------------------------------------------------
-# The ABNF rule in a comment, under it the pattern of the same name, to be used with fullmatch. What these patterns do
-# not match is refused, never repaired: each repair is a message that two servers understand in two ways.
+# Above each pattern stands its ABNF rule. All but PCT_ENCODED and BAD_HEAD_BYTE are used with fullmatch. Text that does
+# not match is refused, never repaired: two servers could understand a repaired message in two ways.
 
 # token = 1*tchar (RFC 9110 §5.6.2)
 token = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -167,8 +167,8 @@ TOKEN = re.compile(token)
 quoted_string = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'
 # request-line = method SP request-target SP HTTP-version (RFC 9112 §3); a target is visible US-ASCII
 REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % token)
-# origin-form = absolute-path [ "?" query ], or absolute-form with a scheme that comes over HTTP (RFC 9112 §3.2);
-# browsers send more characters than RFC 3986 allows, but never a fragment
+# origin-form = absolute-path [ "?" query ], or absolute-form with the scheme http or https (RFC 9112 §3.2);
+# browsers send characters that RFC 3986 does not allow, but never a fragment
 TARGET = re.compile(rb"(?:(?i:https?)://([^/?#]*))?(/[^?#]*)?(?:\?([^#]*))?")
 # pct-encoded = "%" HEXDIG HEXDIG (RFC 3986 §2.1)
 PCT_ENCODED = re.compile(rb"%([0-9A-Fa-f]{2})")
@@ -177,23 +177,23 @@ HOST = re.compile(
     rb"(?:\[(?:([0-9A-Fa-f:.]+)|[vV][0-9A-Fa-f]+\.[A-Za-z0-9._~!$&'()*+,;=:-]+)\]"
     rb"|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]*)?"
 )
-# field-value = *( VCHAR / obs-text / SP / HTAB ) (RFC 9110 §5.5); neither CR, LF, NUL nor any other control
+# field-value = *( VCHAR / obs-text / SP / HTAB ) (RFC 9110 §5.5); no control but HTAB
 FIELD_VALUE = re.compile(rb"[\t \x21-\x7e\x80-\xff]*")
-# chunk-size [ chunk-ext ] (RFC 9112 §7.1); 16 digits are 2^64 - 1
+# chunk-size [ chunk-ext ] (RFC 9112 §7.1); 16 digits go up to 2^64 - 1
 CHUNK_LINE = re.compile(
     rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*)" % (token, token, quoted_string)
 )
-# A byte that no head may hold, wherever its end will be: a control, a bare LF, a bare CR (RFC 9112 §2.2)
+# A byte that no head may hold, even one that is not whole yet: a control, a bare LF, a bare CR (RFC 9112 §2.2)
 BAD_HEAD_BYTE = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?=[^\n])")
-# Fields that a message can have but once; to join two of them would be to choose one (RFC 9110 §5.3)
+# Fields that a message may have only once: the values of two such lines cannot be joined to a list (RFC 9110 §5.3)
 SINGLETON_FIELDS = frozenset((
     "authorization", "content-type", "date", "from", "host", "if-modified-since", "if-range", "if-unmodified-since",
     "max-forwards", "proxy-authorization", "range", "referer", "user-agent",
 ))  # fmt: skip
-# status-line's status-code SP [ reason-phrase ] as PEP 3333 writes it; an application sends no interim status
+# status-code SP [ reason-phrase ] as PEP 3333 writes them; no 1xx, since an application sends no interim response
 STATUS = re.compile(r"[2-9][0-9][0-9](?: [\t\x20-\x7e\x80-\xff]*)?")
 RESPONSE_FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
-# Fields that belong to the connection and so to the server alone (RFC 9110 §7.6.1; PEP 3333, "Other HTTP Features")
+# Fields of the connection, which only the server may set (RFC 9110 §7.6.1; PEP 3333, "Other HTTP Features")
 HOP_BY_HOP_FIELDS = frozenset((
     "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer", "trailers",
     "transfer-encoding", "upgrade",
@@ -201,30 +201,30 @@ HOP_BY_HOP_FIELDS = frozenset((
 
 
 # ---- 3. Stream --------------------------------------------------------------
-# Nothing else in part one receives or sends. The kernel ends every wait after a second (SO_RCVTIMEO, SO_SNDTIMEO,
-# socket(7)), which costs nothing where bytes flow. Then the process looks at the deadline and whether others wait.
+# In part one, only Stream receives and sends. The kernel ends every wait after a second (SO_RCVTIMEO, SO_SNDTIMEO,
+# socket(7)), which costs nothing while bytes flow. Then the process checks the deadline and its orders.
 
 ONE_SECOND = struct.pack("@ll", 1, 0)  # a struct timeval
-DONT_WAIT = int(socket.MSG_DONTWAIT)  # as a plain number: its enumeration costs each fork some pages
+DONT_WAIT = int(socket.MSG_DONTWAIT)  # a plain number: the member of an enumeration costs each fork some pages
 
 
 class Stream:
     """Owns a connected socket and the bytes received from it but not yet consumed."""
 
-    # ClientGoneError: there is no client any more. ClientSilentError: nothing has come for the timeout, or less than
-    # `Pace` asks for, or, while others wait for a process, nothing for a second.
+    # A method raises ClientGoneError if the client has closed or was cut off. It raises ClientSilentError if the client
+    # sends nothing for the timeout, or for a second while requests wait for a process, or less than `Pace` asks for.
     __slots__ = ("buffer", "pace", "preface", "previous_head", "rest_timeout", "slot", "sock", "timeout")
 
     def __init__(self, sock: Any, slot: Slot, timeout: float) -> None:
         self.sock, self.slot, self.timeout = sock, slot, timeout
         self.preface: Callable[[float | None], None] | None = None  # receives what precedes HTTP on a new connection
-        self.rest_timeout = 0.0  # seconds that a connection at rest stays here, where nobody else could hold it
-        self.buffer = b""  # what was received and not consumed yet
+        self.rest_timeout = 0.0  # seconds that a connection at rest stays in this process; 0 if the parent can hold it
+        self.buffer = b""  # bytes received and not consumed yet
         self.previous_head = b""  # clients repeat their heads
-        self.pace: Pace | None = None  # of the request in hand, once its client was waited for
+        self.pace: Pace | None = None  # of the request in hand; None before the first wait for its client
 
     def receive_at_rest(self, deadline: float | None) -> None:
-        """Receive the first bytes of a request; OSError as the socket raises it, BlockingIOError if none come."""
+        """Receive the first bytes of a request; BlockingIOError if none come in time, OSError as from recv(2)."""
         self.pace = None
         while True:
             try:
@@ -240,8 +240,8 @@ class Stream:
         self.buffer += received
 
     def receive_more(self, deadline: float | None = None) -> bool:
-        """Add what the client sends next to the buffer; return False if it has ended its side."""
-        began = self.slot.mark_silent()  # from here on it is the client that is waited for
+        """Append the next bytes of the client to the buffer; return False if the client has ended its side."""
+        began = self.slot.mark_silent()  # from here on the server waits for the client
         while True:
             try:
                 received = self.sock.recv(RECEIVE_SIZE)
@@ -257,16 +257,16 @@ class Stream:
         return bool(received)
 
     def receive_by(self, deadline: float, what: str) -> None:
-        """Receive more of what must be complete by the deadline; HTTPError if the client is late or has closed."""
+        """Receive more of the part named `what`, due by the deadline; HTTPError if the client is late or has closed."""
         try:
-            if time.monotonic() >= deadline:  # before a wait: a client that always sends one more byte ends none
+            if time.monotonic() >= deadline:  # a byte now and then would keep receive_more from this check
                 raise ClientSilentError
             require(self.receive_more(deadline), 400, "the client closed inside the " + what)
         except ClientSilentError:
             raise HTTPError(408, "the %s was not complete in time" % what) from None
 
     def receive_into(self, view: memoryview) -> int:
-        """Fill the view with bytes not consumed yet, or else with new ones; return their number, 0 at the end."""
+        """Copy bytes of the buffer, or new ones if it is empty, into the view; return their number, 0 at the end."""
         if not self.buffer:
             self.receive_more()
         taken, self.buffer = self.buffer[: len(view)], self.buffer[len(view) :]
@@ -274,7 +274,7 @@ class Stream:
         return len(taken)
 
     def read_line(self, limit: int, excess: str = "too long a line in the chunked body") -> bytes:
-        """Return the next line without its CRLF (RFC 9112 §2.2); HTTPError, at once, if it is too long or has none."""
+        """Return the next line without its CRLF (RFC 9112 §2.2); HTTPError as soon as it is too long or lacks CR."""
         while (end := self.buffer.find(b"\n", 0, limit + 2)) < 0:
             require(self.buffer[limit : limit + 2] in (b"", b"\r"), 400, excess)
             require(self.receive_more(), 400, "the client closed inside the chunked body")
@@ -283,25 +283,25 @@ class Stream:
         return line[:-1]
 
     def send(self, data: bytes, *more: bytes) -> None:
-        """Send all the data, large parts without a copy; ClientGoneError tells how much of it was sent."""
+        """Send all the parts, and join them if the kernel takes only some; ClientGoneError if the client has gone."""
         sent, size = 0, len(data) + sum(map(len, more)) if more else len(data)
         try:
             try:
                 sent = self.sock.sendmsg((data, *more), (), DONT_WAIT) if more else self.sock.send(data, DONT_WAIT)
             except BlockingIOError:
-                pass  # nothing is taken at once
+                pass  # the kernel takes nothing now
             if sent < size:
                 self.send_rest(memoryview(b"".join((data, *more)))[sent:])
         except ClientSilentError as error:
-            self.reset_on_close(True)  # or the kernel would go on to hold, for minutes, what was not taken
+            self.reset_on_close(True)  # else the kernel would hold for minutes what the client has not taken
             raise ClientGoneError(sent) from error
         except OSError as error:
             raise ClientGoneError(sent) from error
 
     def send_rest(self, rest: memoryview) -> None:
-        """Send what was not taken at once, as long as the client goes on taking."""
-        # That is seen by what it has acknowledged (SIOCOUTQ, tcp(7)): send(2) itself blocks until a third of a large
-        # buffer is free, which a slow client needs more than a second for.
+        """Send the rest, as long as the client goes on taking; ClientSilentError if it takes nothing, or too little."""
+        # The acknowledged bytes tell what the client takes (SIOCOUTQ, tcp(7)). send(2) does not: it blocks until a
+        # third of a large buffer is free, which takes a slow client more than a second.
         owed, deadline = count_unacknowledged(self.sock), time.monotonic() + self.timeout
         self.pace = pace = self.pace or Pace()
         while rest:
@@ -317,12 +317,12 @@ class Stream:
             pace.add(now - began, taken, self.slot.is_told(PRESSED))
 
     def linger(self) -> None:
-        """End our side, then drop what still comes: to close with bytes unread resets the answer (RFC 9112 §9.6)."""
+        """End our side, then drop what still comes: a close with unread bytes may lose the response (RFC 9112 §9.6)."""
         began = heard = time.monotonic()
-        with suppress(OSError, ClientSilentError):  # gone: it is over
+        with suppress(OSError, ClientSilentError):  # the client has gone
             self.sock.shutdown(socket.SHUT_WR)
             while self.slot.mark_silent() < min(began + LINGER_TIMEOUT, heard + LINGER_SILENCE):
-                is_hasty = self.slot.orders[0] != 0  # there is no time but for what is here already
+                is_hasty = self.slot.orders[0] != 0  # a stop, or other requests wait: drop only what is here already
                 try:
                     if not self.sock.recv(RECEIVE_SIZE, DONT_WAIT if is_hasty else 0):
                         return
@@ -332,19 +332,19 @@ class Stream:
                         return
 
     def reset_on_close(self, is_wanted: bool) -> None:
-        """Have a close, also that of a process that dies, reset the connection (socket(7), SO_LINGER)."""
+        """Set whether the close of the socket, also by an exit, resets the connection (socket(7), SO_LINGER)."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", is_wanted, 0))  # a struct linger
 
 
 class Pace:
-    """Owns how fast the client is within one request: how long it was waited for, and what came of that."""
+    """Owns the pace of the client in one request: seconds that the server waited for it, bytes that it sent or took."""
 
     seconds = recent_seconds = 0.0
     count = recent_count = 0
 
     def add(self, seconds: float, count: int, is_pressed: bool) -> None:
-        """Add a wait and what it has brought, in bytes; ClientSilentError if that is too little."""
-        # A client may be slow at times and is judged by the average; but not while others wait for its process.
+        """Add a wait of so many seconds, in which so many bytes passed; ClientSilentError if the client is too slow."""
+        # The average decides, so that a client may be slow at times. Under pressure each second decides, too.
         self.seconds, self.count = self.seconds + seconds, self.count + count
         self.recent_seconds, self.recent_count = self.recent_seconds + seconds, self.recent_count + count
         if self.recent_seconds >= TICK:
@@ -355,24 +355,24 @@ class Pace:
 
 
 def count_unacknowledged(sock: socket.SocketType) -> int:
-    """Return how many bytes the kernel holds that the client has not taken; 0 where that cannot be known."""
+    """Return how many of the bytes sent the client has not acknowledged; 0 where the kernel does not tell."""
     import fcntl
     import termios
 
     with suppress(OSError):
         held = int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-        return held - int(getattr(sock, "pushed", 0))  # without the TLS records of data that does not count as sent yet
+        return held - int(getattr(sock, "pushed", 0))  # minus the TLS records of data that does not count as sent yet
     return 0
 
 
 # ---- 4. Request -------------------------------------------------------------
 # Bytes -> a Request that keeps every rule, or HTTPError: RFC 9112 §2 to §6 and §9.3, RFC 9110 §5, §7 and §10.1.1.
-# The parsers remember, since clients repeat their heads, or all lines of them but one. What is remembered was checked
-# and is bounded, in number and size, and bytes hash with a secret: a client can neither grow it nor make it collide.
+# The parsers cache what they return, since clients repeat their heads, or all lines but one. They cache no error. The
+# caches are bounded in number and size, and bytes hash with a secret: a client cannot grow them or make keys collide.
 
 
 class Request(NamedTuple):
-    """The head of a request, checked; without values, but for its line, it stands for one that could not be read."""
+    """The checked head of a request, or what `make_unread_request` returns in its place if it could not be read."""
 
     method: str = ""
     target: str = ""  # as it was received
@@ -383,17 +383,17 @@ class Request(NamedTuple):
     length: int | None = 0  # of the message body; None if it is chunked
     is_persistent: bool = False
     expects_continue: bool = False
-    line: bytes = b""  # the request-line, for the logs: not checked where the head could not be read
+    line: bytes = b""  # the request-line, for the logs: unchecked if the head could not be read
 
 
 def read_head(stream: Stream, deadline: float | None) -> bytes:
-    """Return the next head with its empty line; HTTPError if it cannot be good, or is not whole by the deadline."""
+    """Return the next head with its empty line; HTTPError if it cannot become one, or is not whole by the deadline."""
     if not stream.buffer:
         stream.receive_at_rest(deadline)
-        if stream.buffer == stream.previous_head:  # the same once more: 10 % faster than to search it and hash it again
+        if stream.buffer == stream.previous_head:  # the old object: 10 % faster than to search and hash the new one
             stream.buffer = b""
             return stream.previous_head
-    while stream.buffer[:3] in (b"\r", b"\r\n"):  # old clients send it behind a body
+    while stream.buffer[:3] in (b"\r", b"\r\n"):  # old clients send CRLF after a body (RFC 9112 §2.2)
         if deadline and time.monotonic() >= deadline:
             raise ClientGoneError(0)
         stream.receive_at_rest(deadline)
@@ -408,21 +408,21 @@ def read_head(stream: Stream, deadline: float | None) -> bytes:
 
 
 def is_worth_reading(data: bytes, checked: int) -> bool:
-    """Return whether these bytes, of which so many were checked before, are a whole head or cannot be mended."""
+    """Return whether the bytes begin with a whole head or cannot become one; `checked` of them were checked before."""
     end = data.find(b"\r\n\r\n", max(checked - 3, 0)) + 4
     try:
         if end < 4:
             check_partial_head(data, checked)
-            return False  # part two holds the connection on
+            return False  # the parent goes on holding the connection
         if end <= MAX_REMEMBERED:
-            parse_head(data[:end])  # processes that are forked from now on remember it
+            parse_head(data[:end])  # children that are forked from now on inherit the cached result
     except Exception:
-        pass  # the process that reads it meets the same, and answers
+        pass  # the process that reads the head meets the same error, and answers
     return True
 
 
 def check_partial_head(data: bytes, checked: int) -> None:
-    """Refuse at once, and not at the deadline, what no further byte can mend; so many bytes were checked before."""
+    """Refuse now, not at the deadline, bytes that cannot become a head; `checked` of them were checked before."""
     require(not data.startswith(b"\x16\x03"), 400, "a TLS handshake on a port without TLS")
     require(not BAD_HEAD_BYTE.search(data, max(checked - 1, 0)), 400, "a control byte or a bare CR or LF in the head")
     is_short = len(data) < MAX_REQUEST_LINE + 4
@@ -432,7 +432,7 @@ def check_partial_head(data: bytes, checked: int) -> None:
 
 @lru_cache(maxsize=64)
 def parse_head(head: bytes) -> tuple[Request, Environ]:
-    """Return the request that a head is, and its part of the environ: one look-up for a head that repeats."""
+    """Return the request in a head, and its part of the environ. A head that repeats costs one look-up."""
     require(len(head) <= MAX_HEAD, 431, "too large a head")
     start = 2 if head.startswith(b"\r\n") else 0  # one empty line before a request-line is tolerated (RFC 9112 §2.2)
     line, *lines = head[start:-4].split(b"\r\n")
@@ -448,22 +448,22 @@ def parse_head(head: bytes) -> tuple[Request, Environ]:
         fields["host"] = authority  # RFC 9112 §3.2.2
     length = parse_framing(version, fields)
     if "content-length" in fields:
-        fields["content-length"] = str(length)  # repeats of it become one
+        fields["content-length"] = str(length)  # equal repeats become one
     options = parse_list(fields["connection"]) if "connection" in fields else ()
     is_persistent = "close" not in options and (version != "HTTP/1.0" or "keep-alive" in options)
     expectations = parse_list(fields["expect"]) if "expect" in fields else ()
     require({*expectations} <= {"100-continue"}, 417, "an expectation other than 100-continue")
-    expects_continue = bool(expectations) and version != "HTTP/1.0"  # which knows none (RFC 9110 §10.1.1)
+    expects_continue = bool(expectations) and version != "HTTP/1.0"  # 1.0 knows none (RFC 9110 §10.1.1)
     request = Request(method, target, path, query, version, fields, length, is_persistent, expects_continue, line)
     return request, make_request_environ(request)
 
 
 @lru_cache(maxsize=256)
 def parse_request_line(line: bytes) -> tuple[str, str, str | None, str, str, str]:
-    """Return the method, the target as it came, its authority, path and query, and the version (RFC 9112 §3)."""
+    """Return the method, the target as received, its authority or None, path, query, and the version (RFC 9112 §3)."""
     require(len(line) <= MAX_REQUEST_LINE, 414, "too long a request-line")
     if not (match := REQUEST_LINE.fullmatch(line)):
-        is_proxy_header = not line or line.startswith(b"PROXY ")  # empty: what version 2 begins with
+        is_proxy_header = not line or line.startswith(b"PROXY ")  # an empty line begins version 2
         hint = ", as of a PROXY header: see --proxy-protocol" if is_proxy_header else ""
         raise HTTPError(400, "a malformed request-line" + hint)
     method, target, major, minor = match.groups()
@@ -471,7 +471,7 @@ def parse_request_line(line: bytes) -> tuple[str, str, str | None, str, str, str
     require(method != b"CONNECT", 501, "CONNECT is for proxies")
     version = "HTTP/1.0" if minor == b"0" else "HTTP/1.1"  # a higher minor version is answered as 1.1 (RFC 9110 §2.5)
     authority = path = query = None
-    if method != b"OPTIONS" or target != b"*":  # in one of the other forms (RFC 9112 §3.2)
+    if method != b"OPTIONS" or target != b"*":  # it is in origin-form or absolute-form (RFC 9112 §3.2)
         if not (match := TARGET.fullmatch(target)) or match.groups()[:2] == (None, None):
             raise HTTPError(400, "a malformed request-target")
         authority, path, query = match.groups()
@@ -479,7 +479,7 @@ def parse_request_line(line: bytes) -> tuple[str, str, str | None, str, str, str
         check_host(authority, "an invalid authority in the request-target")
         authority = authority.decode()
     path = path or (b"" if method == b"OPTIONS" else b"/")  # RFC 9112 §3.2.4
-    if escapes := path.count(b"%"):  # urllib.parse could decode them, but brings what every fork would copy
+    if escapes := path.count(b"%"):  # urllib.parse could decode them, but every fork would copy it
         path, count = PCT_ENCODED.subn(lambda octet: bytes([int(octet[1], 16)]), path)
         require(count == escapes, 400, "a broken percent-escape in the path")
     return method.decode(), target.decode(), authority, path.decode("latin-1"), (query or b"").decode(), version
@@ -491,7 +491,7 @@ def parse_fields(lines: list[bytes], parse_line: Callable[[bytes], tuple[str, st
     fields: dict[str, str] = {}
     for name, value in map(parse_line, lines):
         if "_" in name:
-            continue  # in the environ it would pass for the name with a hyphen
+            continue  # in the environ, X_Y would pass for X-Y
         if name in fields and name in SINGLETON_FIELDS:
             raise HTTPError(400, "a second " + name.title())
         fields[name] = fields[name] + ("; " if name == "cookie" else ", ") + value if name in fields else value
@@ -516,7 +516,7 @@ def parse_list(value: str) -> list[str]:
 
 
 def check_host(host: bytes, detail: str) -> None:
-    """Refuse what is not uri-host [ ":" port ]; an http URI has no empty host (RFC 9110 §4.2.1)."""
+    """Refuse a host that is not uri-host [ ":" port ], or is empty (RFC 9110 §4.2.1)."""
     match = HOST.fullmatch(host)
     try:
         require(match and (not match[1] or socket.inet_pton(socket.AF_INET6, match[1].decode())), 400, detail)
@@ -525,17 +525,17 @@ def check_host(host: bytes, detail: str) -> None:
 
 
 def parse_framing(version: str, fields: dict[str, str]) -> int | None:
-    """Return the length of the message body, None if it is chunked: decided here once (RFC 9112 §6.3)."""
-    # A front server that decides otherwise would let one request smuggle another: whatever is ambiguous is refused.
+    """Return the length of the message body, None if it is chunked; nothing else decides it (RFC 9112 §6.3)."""
+    # If a server in front decided otherwise, one request could smuggle another: an ambiguous length is refused.
     coding, length = fields.get("transfer-encoding"), fields.get("content-length")
     if coding is None:
         if length is None:
             return 0
-        digits, *repeats = (part.strip(" \t") for part in length.split(","))  # which must agree (RFC 9110 §8.6)
+        digits, *repeats = (part.strip(" \t") for part in length.split(","))  # all must agree (RFC 9110 §8.6)
         require(digits.isascii() and digits.isdigit() and {*repeats} <= {digits}, 400, "an invalid Content-Length")
         digits = digits.lstrip("0") or "0"
         require(len(digits) < 19, 413, "a Content-Length beyond all bounds")
-        return int(digits)  # which alone would take +1, -1 and 1_0
+        return int(digits)  # int alone would accept +1, -1 and 1_0
     require(length is None, 400, "Content-Length together with Transfer-Encoding")
     require(version != "HTTP/1.0", 400, "Transfer-Encoding in HTTP/1.0")
     if coding.lower() == "chunked":
@@ -547,9 +547,9 @@ def parse_framing(version: str, fields: dict[str, str]) -> int | None:
 
 
 # ---- 5. Body ----------------------------------------------------------------
-# Exactly the bytes of one message body: an io.RawIOBase, of which io.BufferedReader makes what PEP 3333 asks of
-# wsgi.input. Reading raises HTTPError when the client breaks the framing, is silent too long or exceeds the limit. The
-# `failure` is kept: the application may swallow the exception, but its answer would be made from half a body.
+# Bytes -> the message body and no byte more. Body is an io.RawIOBase; an io.BufferedReader around it is wsgi.input
+# (PEP 3333, "Input and Error Streams"). A read raises HTTPError if the client breaks the framing, is silent too long or
+# sends too much. Body keeps this `failure`: an application that swallows it would answer from half a body.
 
 
 class Body(io.RawIOBase):
@@ -558,27 +558,27 @@ class Body(io.RawIOBase):
     def __init__(self, stream: Stream, request: Request, limit: int, buffered: int) -> None:
         self.stream, self.buffered = stream, buffered
         self.is_chunked = request.length is None  # until the last chunk
-        self.remaining = request.length or 0  # of the body, or of the chunk in hand
-        self.limit = limit - self.remaining  # what further chunks may hold
-        self.awaits_continue = request.expects_continue  # until we send anything or the client does
-        self.untouched = 0  # what remained of a chunk when the application was called, of a body to be streamed
+        self.remaining = request.length or 0  # bytes to come of the body, or of the chunk in hand
+        self.limit = limit - self.remaining  # bytes that further chunks may hold
+        self.awaits_continue = request.expects_continue  # until the body is read or the response begins
+        self.untouched = 0  # of a chunked body to be streamed: `remaining` when the application was called
         self.failure: tuple[int, str] | None = None  # not the exception, whose frames refer to this body
         self.extensions = 0  # bytes of chunk extensions so far
-        self.is_behind_chunk = False  # the line end behind a chunk is still to come
+        self.is_behind_chunk = False  # the CRLF that ends the chunk in hand is still to come
         require(self.limit >= 0, 413, "a Content-Length over the limit")
 
     def readable(self) -> bool:
-        """Of RawIOBase."""
+        """Return True, which io.BufferedReader asks for."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Of RawIOBase: fill the buffer with the next bytes, return their number, 0 at the end of the body."""
+        """Copy the next bytes into the buffer, for io.RawIOBase; return their number, 0 at the end of the body."""
         if self.failure:
             raise HTTPError(*self.failure)
         try:
             if self.awaits_continue:
                 self.awaits_continue = False
-                if not self.stream.buffer:  # else its body comes already (RFC 9110 §10.1.1)
+                if not self.stream.buffer:  # else the body comes already (RFC 9110 §10.1.1)
                     self.stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             if self.is_chunked and not self.remaining:
                 self.read_chunk_line()
@@ -595,7 +595,7 @@ class Body(io.RawIOBase):
         raise HTTPError(*self.failure)
 
     def read_chunk_line(self) -> None:
-        """Read the end of the chunk before, the line before the next, and what follows the last (RFC 9112 §7.1)."""
+        """Read the CRLF of one chunk and the line of the next; after the last, the trailer section (RFC 9112 §7.1)."""
         if self.is_behind_chunk:
             self.stream.read_line(0, "a chunk longer than its chunk-size")
         if not (match := CHUNK_LINE.fullmatch(self.stream.read_line(MAX_CHUNK_LINE))):
@@ -606,7 +606,7 @@ class Body(io.RawIOBase):
         self.limit -= self.remaining
         require(self.extensions <= MAX_CHUNK_EXTENSIONS, 400, "too many chunk extensions")
         require(self.limit >= 0, 413, "a chunked body over the limit")
-        if not self.remaining:  # the trailer section is checked and dropped: RFC 9110 §6.5
+        if not self.remaining:  # the trailer section is checked and dropped (RFC 9110 §6.5)
             for count, line in enumerate(iter(partial(self.stream.read_line, MAX_FIELD_LINE), b"")):
                 require(count < MAX_FIELDS, 431, "too many trailer fields")
                 parse_field_line(line)
@@ -614,8 +614,8 @@ class Body(io.RawIOBase):
 
     def add_input(self, environ: Environ) -> None:
         """Set wsgi.input, and CONTENT_LENGTH for a chunked body that is small enough to be buffered."""
-        # Django and Bottle read what CONTENT_LENGTH announces and take a body without it for none. A larger body is
-        # left to those that know wsgi.input_terminated, as Flask, Falcon and Pyramid do.
+        # Django and Bottle read no body without CONTENT_LENGTH. A body larger than --buffer-chunked is left to
+        # applications that know wsgi.input_terminated, as those of Flask, Falcon and Pyramid do.
         was_chunked, content = self.is_chunked, bytearray()
         while self.is_chunked and len(content) <= self.buffered:
             content += self.read(RECEIVE_SIZE)
@@ -623,22 +623,22 @@ class Body(io.RawIOBase):
             environ["wsgi.input"], environ["CONTENT_LENGTH"] = io.BytesIO(content), str(len(content))
             return
         environ["wsgi.input"] = io.BufferedReader(self, RECEIVE_SIZE)
-        if content:  # to be read once more, as the rest of the chunk in hand
+        if content:  # put it back, in front of the rest of the chunk in hand
             self.stream.buffer = bytes(content) + self.stream.buffer
             self.remaining = self.untouched = self.remaining + len(content)
 
     def check_use(self) -> None:
-        """Say what to do if the application has ended without a look at a streamed body."""
+        """Log advice if the application has ended and has read nothing of a streamed chunked body."""
         if self.untouched and self.untouched == self.remaining:
             size = "a chunked body of more than %d bytes" % self.buffered
             log_throttled("the application has read nothing of %s: raise --buffer-chunked for it" % size)
 
     def drain(self) -> bool:
-        """Read what the application left; return whether that was the end, so that a next request can follow."""
+        """Drop what the application left unread; return whether the body has ended and a next request can follow."""
         if self.awaits_continue or self.failure:
             return False
         left, waste = MAX_DRAINED, bytearray(RECEIVE_SIZE)
-        with suppress(HTTPError):  # the response is out and was right; the close tells the rest
+        with suppress(HTTPError):  # the response is already sent: only the close follows
             while left >= self.remaining:
                 if not (received := self.readinto(waste)):
                     return True
@@ -647,12 +647,12 @@ class Body(io.RawIOBase):
 
 
 # ---- 6. Environ -------------------------------------------------------------
-# Request -> the dict of PEP 3333 ("environ Variables"). One part is made for each connection and one for each head;
-# the environ is a copy of both, which the application may change as it likes.
+# Request -> the dict that an application gets (PEP 3333, "environ Variables"). One part is made for each connection and
+# one for each head. The environ is a copy of both, which the application may change.
 
 
 def make_connection_environ(sock: socket.SocketType, address: Any, is_multiprocess: bool) -> Environ:
-    """Return what all requests of a connection share."""
+    """Return the part of the environ that all requests of a connection share."""
     name = sock.getsockname()  # like the client's address, a str for a Unix socket
     server, port = name[:2] if isinstance(name, tuple) else ("localhost", 80)
     client, client_port = address[:2] if isinstance(address, tuple) else ("", "")
@@ -664,14 +664,14 @@ def make_connection_environ(sock: socket.SocketType, address: Any, is_multiproce
 
 
 def strip_mapping(address: str) -> str:
-    """Return an IPv4 address that came through a socket for both families as what it is (RFC 4291 §2.5.5.2)."""
+    """Return the IPv4 address in an IPv4-mapped IPv6 address, any other as it is (RFC 4291 §2.5.5.2)."""
     return address[7:] if address.startswith("::ffff:") else address
 
 
 def make_request_environ(request: Request) -> Environ:
-    """Return what the head tells, the CGI variables and every field as HTTP_*, and what is always the same."""
+    """Return the part of the environ that a head tells, with each field as HTTP_*, and what is always the same."""
     environ = {"HTTP_" + name.upper().replace("-", "_"): value for name, value in request.fields.items()}
-    environ.pop("HTTP_TRANSFER_ENCODING", None)  # undone here; Bottle would undo it once more
+    environ.pop("HTTP_TRANSFER_ENCODING", None)  # Body decodes the chunks; Bottle would do it again
     for name in ("HTTP_CONTENT_TYPE", "HTTP_CONTENT_LENGTH"):
         if name in environ:
             environ[name[5:]] = environ.pop(name)
@@ -685,22 +685,22 @@ def make_request_environ(request: Request) -> Environ:
 
 
 # ---- 7. Response ------------------------------------------------------------
-# What the application gives -> bytes. The head goes out with the first block that is not empty, in one send (but for
-# a file's); the framing is decided then. PEP 3333; RFC 9110 §6.4 and §8.6, RFC 9112 §6 and §7.
+# The application's status, headers and blocks -> bytes (PEP 3333; RFC 9110 §6.4 and §8.6, RFC 9112 §6 and §7). One send
+# takes the head and the first block that is not empty, except for a file. The framing is decided just before.
 
 
 def run_application(application: Application, environ: Environ, response: Response) -> None:
-    """Call the application and send what it gives (PEP 3333, "Specification Details")."""
+    """Call the application and send the blocks that it returns (PEP 3333, "Specification Details")."""
 
     def start_response(status: str, response_headers: list[tuple[str, str]], exc_info: Any = None) -> Write:
-        """Take over the head, with exc_info in place of one not sent (PEP 3333, "The start_response() Callable")."""
+        """Set the head; with exc_info, replace one that was not sent (PEP 3333, "The start_response() Callable")."""
         try:
             if exc_info and response.framing:
                 raise exc_info[1].with_traceback(exc_info[2])
             if response.head and not exc_info:
                 raise AssertionError("start_response was called a second time without exc_info")
         finally:
-            exc_info = None  # it refers to this frame: a circle that only the garbage collector could break
+            exc_info = None  # its traceback may refer to this frame: only the garbage collector could free the cycle
         try:
             if not isinstance(response_headers, list):
                 raise TypeError
@@ -712,8 +712,8 @@ def run_application(application: Application, environ: Environ, response: Respon
     blocks = application(environ, start_response)
     try:
         if isinstance(blocks, (list, tuple)):
-            response.send(b"".join(blocks), is_last=True)  # all there is: its length can be told
-        elif blocks is None or isinstance(blocks, (str, bytes)):  # whose parts are no blocks
+            response.send(b"".join(blocks), is_last=True)  # the whole body: its length is known
+        elif blocks is None or isinstance(blocks, (str, bytes)):  # the items of these are not blocks
             raise TypeError("the application returned a %s: return a list of bytes" % type(blocks).__name__)
         else:
             if not (isinstance(blocks, FileWrapper) and response.send_file(blocks.file)):
@@ -730,12 +730,12 @@ def run_application(application: Application, environ: Environ, response: Respon
 
 
 class ResponseHead(NamedTuple):
-    """Status and headers of an application, checked, as lines but for what the server decides."""
+    """The checked status and headers of an application, as lines without those that the server decides."""
 
     status: int
     lines: bytes
     length: int | None  # the Content-Length
-    is_closing: bool  # by Connection: close
+    is_closing: bool  # the application has set Connection: close
     has_date: bool
 
 
@@ -744,10 +744,10 @@ class Framing(NamedTuple):
 
     head: bytes  # from the status-line to the empty line
     length: float  # of the body, in bytes; UNBOUNDED if only its end will tell
-    has_body: bool  # else what the application gives is dropped
+    has_body: bool  # else the application's blocks are dropped
     is_chunked: bool
     is_closing: bool  # the connection ends with this response
-    is_ended_by_close: bool  # only that tells the client that the body is complete
+    is_ended_by_close: bool  # only the close tells the client that the body is complete
 
 
 class Response:
@@ -760,13 +760,13 @@ class Response:
         self.is_closing = is_closing  # the connection ends with this response
         self.body: Body | None = None  # of the request
         self.head: ResponseHead | None = None  # what start_response was told
-        self.framing: Framing | None = None  # once the head is sent
+        self.framing: Framing | None = None  # None until the head is sent
         self.sent = 0  # bytes of the body
-        self.drops_blocks = False  # the rest of what the application gives: there is no body, or it is too long
+        self.drops_blocks = False  # further blocks are dropped: the response has no body, or the body is too long
         self.is_complete = False
 
     def send(self, block: bytes, is_last: bool = False) -> None:
-        """Send a block of the body, with the head before the first, and with what ends the body behind the last."""
+        """Send a block of the body: the head before the first one, the end of a chunked body behind the last one."""
         if self.is_complete:
             raise AssertionError("write() was called after the end of the response")
         if not isinstance(block, bytes):
@@ -807,9 +807,9 @@ class Response:
             self.stream.slot.mark_progress()
 
     def send_file(self, file: Any) -> bool:
-        """Send a regular file in large blocks; return whether it could be sent so."""
-        # Only where Python would read the same bytes: not from a GzipFile, which has a descriptor, too, nor from a
-        # class with a read() of its own, nor from /proc, whose files have no blocks and tell no size.
+        """Send a regular file in large blocks; return False, with nothing sent, if its descriptor cannot be used."""
+        # The descriptor must hold the bytes that read() would return. That of a GzipFile does not, and that of a class
+        # with a read() of its own may not. A file in /proc has no blocks and tells no size.
         kinds = type(file), type(getattr(file, "raw", file))
         if self.framing or not self.head or kinds not in PLAIN_FILES or not file.readable():
             return False
@@ -819,25 +819,25 @@ class Response:
         offset = file.tell()
         framing = self.frame(max(status.st_size - offset, 0))
         self.stream.send(framing.head)
-        # To read and send was 1.4 times as fast as sendfile(2) over loopback on Linux 6.18, and took less processor.
+        # pread and send were 1.4 times as fast as sendfile(2) over loopback on Linux 6.18, with less processor time.
         while block := os.pread(fd, int(min(framing.length - self.sent, FILE_BLOCK_SIZE)), offset + self.sent):
             self.send(block)
         return True
 
     def frame(self, size: int | None) -> Framing:
-        """Decide the framing, for a body of this size if it is known."""
+        """Decide the framing and return it; the size is that of the whole body, None if it is unknown."""
         if self.head is None:
             raise AssertionError("the application did not call start_response")
         if self.body:
             if self.body.failure:
                 raise HTTPError(*self.body.failure)
-            self.is_closing |= self.body.awaits_continue  # the body may come or not
+            self.is_closing |= self.body.awaits_continue  # the client may send the body or not
             self.body.awaits_continue = False
         slot = self.stream.slot
         if slot.orders[0] & (STOPPING | PRESSED):
-            # Under pressure, a client that has sent more requests already must queue for them.
+            # Under pressure, a client that has sent further requests already must connect again for them.
             self.is_closing |= slot.is_told(STOPPING) or bool(self.stream.buffer and not self.body)
-        if self.stream.rest_timeout:  # nobody else could go on with this connection
+        if self.stream.rest_timeout:  # no other process can go on with this connection
             self.is_closing |= slot.is_told(PRESSED) or slot.must_leave(time.monotonic())
         second = int(time.time())
         framing = make_framing(self.head, self.request.method, self.request.version, size, self.is_closing, second)
@@ -851,7 +851,7 @@ class Response:
 def make_framing(
     head: ResponseHead, method: str, version: str, size: int | None, is_closing: bool, second: int
 ) -> Framing:
-    """Return the framing of a response at this time, for a body of this size if it is known from elsewhere."""
+    """Return the framing of a response whose body has this size (None: unknown), with a Date of this second."""
     lines, length, is_http10 = head.lines, head.length, version == "HTTP/1.0"
     has_body = method != "HEAD" and head.status not in (204, 304)  # RFC 9110 §6.4.1
     if length is None and (size or has_body):
@@ -860,7 +860,7 @@ def make_framing(
     is_closing = is_closing or head.is_closing or (is_http10 and has_body and length is None)
     if is_chunked:
         lines += b"Transfer-Encoding: chunked\r\n"
-    elif length is not None and head.status != 204:  # RFC 9110 §8.6
+    elif length is not None and head.status != 204:  # which must not have one (RFC 9110 §8.6)
         lines += b"Content-Length: %d\r\n" % length
     if is_closing or is_http10:
         lines += b"Connection: close\r\n" if is_closing else b"Connection: keep-alive\r\n"
@@ -877,7 +877,7 @@ def make_date(second: int) -> bytes:
 
 @lru_cache(maxsize=64)
 def parse_response_head(status: str, response_headers: tuple[tuple[str, str], ...]) -> ResponseHead:
-    """Return status and headers after checks that name the culprit: one look-up for a response that repeats."""
+    """Return the checked head; ValueError quotes what is wrong. A head that repeats costs one look-up."""
     # What passes here reaches the client byte for byte: a CR LF in it would split the response in two.
     if not isinstance(status, str) or not STATUS.fullmatch(status):
         raise ValueError("not a status such as '200 OK': %r" % (status,))
@@ -898,7 +898,7 @@ def parse_response_head(status: str, response_headers: tuple[tuple[str, str], ..
 
 
 def check_header(header: tuple[str, str]) -> tuple[str, str]:
-    """Return the name of a header in lower case and its value, if an application may send it."""
+    """Return the name of a header in lower case, and its value; TypeError, ValueError if no application may send it."""
     if not (isinstance(header, tuple) and len(header) == 2 and all(isinstance(part, str) for part in header)):
         raise TypeError
     name, value = header[0].lower(), header[1].strip(" \t")
@@ -926,15 +926,15 @@ class FileWrapper:
 
 
 # ---- 8. Connection ----------------------------------------------------------
-# One connection: its requests in order, until the client is silent or somebody says close. Whatever goes wrong with a
-# request ends in serve_request: it is answered there, or cut off, and logged, and nothing behind it is interpreted.
+# One connection: its requests in order, until the client is silent or one side wants a close. serve_request handles all
+# errors of a request: it answers, or cuts the response off, and logs. After an error it interprets no further byte.
 
 
 def serve_connection(
     application: Application, options: Options, sock: socket.SocketType, address: Any, slot: Slot,
     deadline: float | None = None, transport: Transport | None = None,
 ) -> bool:  # fmt: skip
-    """Serve the requests of a connection, the first head of which has a deadline; return whether it is at rest then."""
+    """Serve the requests of a connection, the first head by the deadline; return True if it is at rest afterwards."""
     stream = Stream(sock, slot, options.timeout)
     try:
         environ = make_connection_environ(sock, address, not options.no_fork)
@@ -946,12 +946,12 @@ def serve_connection(
             if not (slot.may_wait() or stream.buffer or stream.rest_timeout):
                 raise ClientSilentError
     except (ClientSilentError, BlockingIOError):
-        if stream.sock is sock:  # else it is a TLS session, which no other process could go on with
+        if stream.sock is sock:  # else it is a TLS session, with which no other process can go on
             return True
     except (ClientGoneError, OSError):
         pass
     try:
-        stream.sock.shutdown(socket.SHUT_WR)  # the end for the client, if a process of the application holds a copy
+        stream.sock.shutdown(socket.SHUT_WR)  # a close ends nothing if a process of the application has a copy
     except OSError:
         pass  # the client has gone
     sock.close()
@@ -961,16 +961,16 @@ def serve_connection(
 def serve_request(
     application: Application, options: Options, stream: Stream, shared: Environ, deadline: float | None
 ) -> bool:
-    """Serve the next request; return whether another may follow. ClientSilentError, ClientGoneError: there is none."""
+    """Serve a request; return whether another may follow. ClientSilentError, ClientGoneError, OSError: none came."""
     slot, environ, head, began, detail = stream.slot, shared, b"", 0.0, ""
     response: Response | None = None
     try:
-        # Step 1: read the head, on a new connection behind what precedes it, and interpret it.
+        # Step 1: read what precedes HTTP on a new connection, then the head, and interpret the head.
         if stream.preface:
             stream.preface(deadline)
         head = read_head(stream, deadline)
         request, variables = (parse_head if len(head) <= MAX_REMEMBERED else parse_head.__wrapped__)(head)
-        # Step 2: make the environ. The body is read when the application reads it.
+        # Step 2: make the environ. A chunked body is buffered here, up to a limit; the application reads any other.
         began = slot.mark_busy(request.line)
         response = Response(stream, request, not (request.is_persistent and options.keep_alive))
         environ = {**variables, **shared, "webserver.requests": slot.requests, "wsgi.input": io.BytesIO()}
@@ -984,59 +984,59 @@ def serve_request(
             raise  # in a process that the application has forked, or to the debugger
         if not response:
             if isinstance(error, (ClientSilentError, ClientGoneError, OSError)):
-                raise  # between two requests
+                raise  # there is no request that could be answered
             response = Response(stream, make_unread_request(head or stream.buffer), True)
-        # Step 4: answer what went wrong.
+        # Step 4: answer with the error.
         detail = recover(response, error)
-    # Step 5: log it, and leave the connection in a state in which the next request can be read, or end it.
+    # Step 5: log the request, then make the connection ready for the next one, or end it.
     if options.access_log != "off":
         log_access(options.access_log, response, environ, began, detail)
     body = response.body
     if not (detail or response.is_closing) and (body is None or body.drain()):
         return True
-    # Only who wanted the close and whose bytes were all read needs no time for what it may still send.
+    # Only a client that wanted the close, and whose bytes were all read, will send nothing more.
     if detail or stream.buffer or response.request.is_persistent or (body and (body.is_chunked or body.remaining)):
         stream.linger()
     return False
 
 
 def make_unread_request(data: bytes) -> Request:
-    """Return what stands for a request that could not be read, of which there are these bytes."""
+    """Return a Request in place of one that could not be read, from the bytes of it that were received."""
     line = data.lstrip(b"\r\n").partition(b"\r\n")[0]
     return Request("HEAD" if line.startswith(b"HEAD ") else "", line=line)
 
 
 def recover(response: Response, error: BaseException) -> str:
-    """Answer what went wrong, or cut the response off so that the client can tell; return the detail for the log."""
+    """Answer with the error, or cut the response off so that the client notices; return the detail for the log."""
     causes = {
         ClientGoneError: (0, "the client has gone"), Overdue: (504, "the application took too long"),
         MemoryError: (500, "the application wanted more memory than it may have (--limit-memory)"),
     }  # fmt: skip
     default = causes.get(type(error), (500, "the application failed"))
     status, detail = error.args if isinstance(error, HTTPError) else default
-    with suppress(ClientGoneError):  # the log line says what it would have been told
+    with suppress(ClientGoneError):  # the log line has the status that it would have got
         if response.framing is None and status:
             line = "%d %s" % (status, REASONS[status])
             response.body, response.is_closing = None, True
             response.head = parse_response_head(line, (("Content-Type", "text/plain; charset=utf-8"),))
             response.send(("%s: %s\n" % (line, detail)).encode(), is_last=True)
         elif response.framing and response.framing.is_ended_by_close and not response.is_complete:
-            response.stream.sock.close()  # by a reset: a plain end would mean that the body is complete
+            response.stream.sock.close()  # a reset (SO_LINGER): a plain end would mean a complete body
     if isinstance(error, MemoryError):
-        response.stream.slot.retire()  # what this process holds would not become less
-    if not isinstance(error, (HTTPError, ClientGoneError)):  # last: to format it may take long, or fail
+        response.stream.slot.retire()  # the memory of this process would not shrink
+    if not isinstance(error, (HTTPError, ClientGoneError)):  # last: formatting may take long, or fail
         response.stream.slot.mark_progress()
         log_exception(error, response.request.line)
     return str(detail)
 
 
 # ---- 9. Log -----------------------------------------------------------------
-# What happened -> lines of text, each written by one write(2). Nothing that a client has sent is written as it is.
+# Events -> lines of text, each written by one write(2). Text that a client has sent is escaped.
 
-MAX_LOGGED = (2000, 600, 60)  # to which of these a client's text is cut: the first that leaves its log line whole
-MAX_TRACEBACK = 16384  # characters; of a longer one the middle is left out
+MAX_LOGGED = (2000, 600, 60)  # characters of each text in an access log line: the first that lets the line fit PIPE_BUF
+MAX_TRACEBACK = 16384  # characters; a longer one loses its middle
 QUIET = 60.0  # seconds between two log lines about the same trouble
-LAST_LOGGED: dict[str, float] = {}  # when a text was logged that is not to be repeated soon
+LAST_LOGGED: dict[str, float] = {}  # when log_throttled has logged a text, by time.monotonic
 UNSAFE = re.compile(r"[^ !#-\[\]-~]")
 COMBINED = '%(client)s - - [%(time)s] "%(request)s" %(status)d %(bytes)d "%(referer)s" "%(user_agent)s" %(seconds).6f'
 
@@ -1068,7 +1068,7 @@ def log_access(style: str, response: Response, environ: Environ, began: float, d
 
 @lru_cache(maxsize=2)
 def format_time(template: str, second: int) -> str:
-    """Return the time in UTC, its parts in the order of asctime(3): strftime(3) has the locale of the application."""
+    """Return the time in UTC; the template gets the parts of asctime(3), since strftime(3) depends on the locale."""
     weekday, month, day, clock, year = time.asctime(time.gmtime(second)).split()
     return template.format(weekday, month, day.zfill(2), clock, year)
 
@@ -1079,26 +1079,26 @@ def escape(text: str) -> str:
 
 
 def write_line(fd: int, line: str) -> None:
-    """Write one line of a log, whole or not at all: a log that nobody takes any more must not stop the service."""
-    # One write(2) of up to PIPE_BUF bytes is never mixed with another's, and does not block where select(2) says so,
-    # but for the moment in which another process was faster.
+    """Write one log line, cut to PIPE_BUF, or drop it: a log that no process reads must not stop the service."""
+    # A write(2) of up to PIPE_BUF bytes never mixes with another (pipe(7)). After select(2) has found room, it blocks
+    # only if another process fills the pipe in between.
     data = line.encode("utf-8", "backslashreplace")[: select.PIPE_BUF - 1]
     data = data.decode("utf-8", "ignore").encode()  # cut between two characters
     try:
         if select.select([], [fd], [], 0)[1]:
             os.write(fd, data + b"\n")
     except OSError:
-        pass  # it was closed: there is nowhere to complain
+        pass  # the log was closed
 
 
 def log_error(text: str) -> None:
-    """Write to stderr, every line with the pid in front, so that none can be forged by what it quotes."""
+    """Write the text to stderr with the pid in front of each line, so that no quoted text can forge a line."""
     for line in text.splitlines():
         write_line(2, "[%d] %s" % (os.getpid(), "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)))
 
 
 def log_throttled(text: str) -> None:
-    """Log a trouble that may last, once in a while."""
+    """Log a trouble that may last, at most once in QUIET seconds."""
     now = time.monotonic()
     if now - LAST_LOGGED.get(text, -QUIET) >= QUIET:
         LAST_LOGGED[text] = now
@@ -1106,7 +1106,7 @@ def log_throttled(text: str) -> None:
 
 
 def log_exception(error: BaseException, line: bytes = b"") -> None:
-    """Write the traceback to stderr, from the first frame on that is neither the server's nor the import system's."""
+    """Write the traceback to stderr, without the server's and the import system's frames at its beginning."""
     if line:
         log_error('error in "%s"' % escape(line.decode("latin-1")))
     try:
@@ -1119,7 +1119,7 @@ def log_exception(error: BaseException, line: bytes = b"") -> None:
         if len(text) > MAX_TRACEBACK:
             text = "%s\n[...]\n%s" % (text[: MAX_TRACEBACK // 2], text[-MAX_TRACEBACK // 2 :])
         log_error(text)
-    except BaseException as failure:  # to be formatted may be refused, in any way that a class can think of
+    except BaseException as failure:  # the methods of an exception class may raise anything
         names = object.__repr__(error).split()[0][1:], object.__repr__(failure).split()[0][1:]
         log_error("%s, whose traceback cannot be formatted: %s" % names)
 
