@@ -1125,15 +1125,15 @@ def log_exception(error: BaseException, line: bytes = b"") -> None:
 
 
 # ---- Part two: processes ----------------------------------------------------
-# The parent accepts, and holds the connections that nobody works at. One whose next head is there it puts into the
-# queue; whichever child waits there takes it, and gives it back when the client has been silent for a second. The
-# parent consumes no byte of a client and calls no application.
+# The parent accepts connections and holds those that no child works at. When the next head of a connection is there,
+# the parent puts the connection into the queue. A child that waits there takes it, serves it, and gives it back when
+# the client has been silent for a second. The parent consumes no byte of a client and calls no application.
 #
 # ---- 10. Listening socket ---------------------------------------------------
 # An address -> a socket that listens: opened here, or inherited from a service manager (socket(7), sd_listen_fds(3)).
 
-BACKLOG = 1024  # connections that the kernel may hold for us; it caps the number at net.core.somaxconn
-STREAM = int(socket.SOCK_STREAM)  # as a plain number: its enumeration costs each fork some pages
+BACKLOG = 1024  # connections that the kernel holds until they are accepted; it caps the number at net.core.somaxconn
+STREAM = int(socket.SOCK_STREAM)  # as a plain number: a member of an enumeration costs each fork some copied pages
 ADDRESS = re.compile(r"unix:(.+)|fd:([0-9]{1,9})|(\[[^\[\]]+\]|[^\[\]:]*):([0-9]{1,5})", re.ASCII | re.DOTALL)
 ADVICE = {
     errno.EADDRINUSE: "; another program listens there: stop it, or choose another address with --bind",
@@ -1150,20 +1150,20 @@ class Listener:
 
     def __init__(self, sock: socket.socket, bind: str) -> None:
         self.sock, self.family, self.is_unix = sock, int(sock.family), sock.family == socket.AF_UNIX
-        self.is_foreign = bind.startswith("fd:")  # the service manager may want it back
+        self.is_foreign = bind.startswith("fd:")  # inherited: the service manager may go on to use it
         self.path = os.path.abspath(bind[5:]) if bind.startswith("unix:") else ""
         self.file = os.stat(self.path) if os.path.exists(self.path) else None
         sock.setblocking(False)
         set_clock(sock)
-        if not self.is_unix:  # inherited by each connection, as the clock is (tcp(7))
-            # Else a small block waits 40 ms for the acknowledgement of the one before.
+        if not self.is_unix:  # each connection inherits these options, and the clock (tcp(7))
+            # Else a small block waits 40 ms for the acknowledgement of the block before it.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if hasattr(socket, "TCP_DEFER_ACCEPT"):  # accepted when bytes are there: most of the heads are whole then
+            if hasattr(socket, "TCP_DEFER_ACCEPT"):  # accepted with its first bytes, mostly a whole head
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, int(HEAD_TIMEOUT))
 
     def accept(self) -> socket.SocketType:
         """Return the next connection; OSError as from accept(2), BlockingIOError if there is none."""
-        # As socket.accept, without its enumerations and methods around the socket: 40 % more connections in a second.
+        # As socket.accept without the enumerations and the wrapper class of `socket`: 40 % more connections a second.
         listener: Any = self.sock  # `_accept` is private to CPython, and the same since 3.0
         sock = socket.SocketType(self.family, STREAM, 0, listener._accept()[0])
         if self.is_unix:
@@ -1171,9 +1171,9 @@ class Listener:
         return sock
 
     def close(self) -> None:
-        """Listen no more, and remove the file, unless another server has put its own there."""
+        """Stop listening, and remove the socket file unless another server has put its own file there."""
         self.sock.close()
-        with suppress(OSError):  # it is gone, or we may no more
+        with suppress(OSError):  # the file is gone, or this user may not remove it
             if self.file and os.path.samestat(self.file, os.stat(self.path)):
                 os.unlink(self.path)
 
@@ -1185,7 +1185,7 @@ def set_clock(sock: socket.SocketType) -> None:
 
 
 def find_inherited_address() -> str:
-    """Return the address of the socket that a service manager has opened for us, "" if none has (sd_listen_fds(3))."""
+    """Return the address of the socket from a service manager, "" if none; StartError if several (sd_listen_fds(3))."""
     number, pid, _ = (os.environ.pop(name, "") for name in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"))
     if pid != str(os.getpid()):
         return ""
@@ -1195,7 +1195,7 @@ def find_inherited_address() -> str:
 
 
 def open_listener(bind: str, mode: str) -> socket.socket:
-    """Return the listening socket for an address, with the mode for the file of a unix socket; StartError."""
+    """Return a socket that listens on the address; a unix socket's file gets the mode. StartError if that fails."""
     path, fd, host, port = parse_address(bind)
     try:
         if path:
@@ -1213,7 +1213,7 @@ def open_listener(bind: str, mode: str) -> socket.socket:
 
 
 def parse_address(bind: str) -> Sequence[str]:
-    """Return the path, the descriptor, the host and the port in an address, those that it has; StartError if none."""
+    """Return the path, descriptor, host and port of an address, None for what it lacks; StartError if malformed."""
     match = ADDRESS.fullmatch(bind)
     if not match or int(match.group(4) or 0) > 65535:
         raise StartError("not an address: %r; write HOST:PORT, [::1]:PORT, :PORT, unix:PATH or fd:N" % bind, 2)
@@ -1224,13 +1224,13 @@ def bind_tcp(host: str, port: int) -> socket.socket:
     """Return a socket bound to this address; without a host, to all addresses of both families."""
     is_dual = not host and socket.has_dualstack_ipv6()
     name = "::" if is_dual else host or "0.0.0.0"
-    try:  # of a str, getaddrinfo would import all that foreign names need, and each fork copies it: 4 % more faults
+    try:  # bytes: for a str, getaddrinfo imports the idna codec, which each fork would copy: 4 % more page faults
         found = socket.getaddrinfo(name.encode() if name.isascii() else name, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         raise StartError("there is no host %r; choose an address of this machine" % host, 2) from None
     family, kind, protocol, _, address = found[0]
     listener = socket.socket(family, kind, protocol)
-    # A port where connections of a former server are still in TIME_WAIT is free for us (socket(7)).
+    # Else bind(2) fails as long as connections of a former server are in TIME_WAIT (socket(7)).
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if family == socket.AF_INET6:
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not is_dual)
@@ -1239,12 +1239,12 @@ def bind_tcp(host: str, port: int) -> socket.socket:
 
 
 def bind_unix(path: str, mode: str) -> socket.socket:
-    """Return a socket bound to a path; a socket file that nobody listens at any more is replaced (unix(7))."""
+    """Return a socket bound to a path; replace a socket file on which no server listens any more (unix(7))."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.settimeout(TICK)
-            if probe.connect_ex(path) == errno.ECONNREFUSED:  # else somebody may listen: let bind say what is wrong
+            if probe.connect_ex(path) == errno.ECONNREFUSED:  # else a server may listen: bind(2) tells the error
                 os.unlink(path)
     listener.bind(path)
     if mode:  # before it listens, and so before the first client can connect
@@ -1253,7 +1253,7 @@ def bind_unix(path: str, mode: str) -> socket.socket:
 
 
 def describe_address(listener: socket.socket, scheme: str) -> str:
-    """Return the address as one that a person can click."""
+    """Return the URL of the server, or unix:PATH."""
     if listener.family == socket.AF_UNIX:
         return "unix:%s" % listener.getsockname()
     host, port = listener.getsockname()[:2]
@@ -1263,59 +1263,59 @@ def describe_address(listener: socket.socket, scheme: str) -> str:
 
 
 # ---- 11. Scoreboard ---------------------------------------------------------
-# What parent and children share: memory with a place for each child. Each entry has one writer at a time and no lock;
-# state and time are one aligned double, so that nobody reads one without the other. A store costs 50 ns.
+# Memory that the parent and the children share, with a slot for each child. It has no lock: each number but `leave_by`
+# has one writer at a time. State and time are one aligned double: no reader sees one without the other. A store: 50 ns.
 
-STOPPING, PRESSED, WANTED = 1, 2, 4  # orders: responses close; requests wait and no child is to be had; one is forked
+STOPPING, PRESSED, WANTED = 1, 2, 4  # orders: responses close; requests wait at the cap; one waits for a fork
 RECORD = struct.Struct("=44s196s")  # the client, and the request-line
 give_way = getattr(os, "sched_yield", lambda: None)  # sched_yield(2), which not every system has
 SLOT_SIZE = 36 * 8  # six numbers and a record; small, so that the first slots share one page of memory
 
 
 class Scoreboard:
-    """Owns the shared memory (mmap(2), MAP_SHARED): the orders to all, and a row of each kind.
+    """Owns the shared memory (mmap(2), MAP_SHARED): the orders to all children, and an array of each kind of number.
 
-    The parent writes `pids` (0 where there is no child) and `leave_by` (when the child must have left, 0 if it may
-    stay). The child writes how many connections and requests it has `taken`, the texts, `waiting` (1 while it waits at
-    the queue) and `since` (monotonic seconds: positive while a request is in hand, negative while its client is waited
-    for, 0 without a connection); the parent does before and after its life.
+    The parent writes `pids` (0: no child). Parent and child write `leave_by` (when the child must have left; 0: it may
+    stay). The child writes the counts of connections `taken` and of `requests`, the texts, `waiting` (1 while it waits
+    at the queue) and `since` (monotonic seconds: positive while a request is in hand, negative while the child waits
+    for the client, 0 without a connection). The parent writes these before and after its life, and `waiting` if stuck.
     """
 
     def __init__(self, slots: int, fd: int = -1) -> None:
-        """Use the memory of the descriptor, with as many slots as it has for long; without one, memory of its own."""
+        """Map the memory of the descriptor, whose size tells the number of slots; without one, map new memory."""
         self.fd = fd
         self.memory = memoryview(mmap.mmap(fd, 8 + slots * SLOT_SIZE if fd < 0 else 0))
         doubles, numbers, stride = self.memory.cast("d"), self.memory.cast("q"), SLOT_SIZE // 8
         self.orders, self.waiting, self.pids = numbers[:1], numbers[1::stride], numbers[4::stride]
         self.since, self.leave_by = doubles[2::stride], doubles[3::stride]
         self.taken, self.requests = numbers[5::stride], numbers[6::stride]
-        self.children = {pid: slot for slot, pid in enumerate(self.pids) if pid}  # a reload leaves some
+        self.children = {pid: slot for slot, pid in enumerate(self.pids) if pid}  # after a reload, the old ones
         self.used = max(self.children.values(), default=-1) + 1
 
     def order(self, order: int, is_wanted: bool) -> None:
-        """Tell all children."""
+        """Give this order to all children, or withdraw it."""
         if bool(self.orders[0] & order) != is_wanted:
             self.orders[0] ^= order
 
     def retire(self, deadline: float) -> None:
-        """Tell the children that there are now to leave, by this time at the latest."""
+        """Tell all present children to leave, by this time at the latest (monotonic seconds)."""
         for slot in self.children.values():
             self.leave_by[slot] = min(self.leave_by[slot] or deadline, deadline)
 
     def allot(self) -> int:
-        """Return a slot for a child that is to be forked: it counts as waiting from now on."""
-        slot = self.pids[: self.used + 1].tolist().index(0)  # a low one
+        """Return a free slot for a child that is about to be forked; it counts as waiting from now on."""
+        slot = self.pids[: self.used + 1].tolist().index(0)  # the lowest, so that `used` stays small
         self.used = max(self.used, slot + 1)
         self.waiting[slot] = 1
         return slot
 
     def clear(self, slot: int) -> None:
-        """Take back a slot."""
+        """Free the slot: set all its bytes to 0."""
         first = 8 + slot * SLOT_SIZE
         self.memory[first : first + SLOT_SIZE] = bytes(SLOT_SIZE)
 
     def read_text(self, slot: int, number: int) -> str:
-        """Return the client (0) or the request-line (1) of the child in the slot, as it may be printed."""
+        """Return the client (0) or the request-line (1) of the child in the slot, escaped for a log."""
         text: bytes = RECORD.unpack_from(self.memory, 56 + slot * SLOT_SIZE)[number]
         return escape(text.rstrip(b"\0").decode("latin-1"))
 
@@ -1327,7 +1327,7 @@ class Scoreboard:
 
 
 class Slot:
-    """Owns a place on the scoreboard, in which the process that serves says what it does."""
+    """Owns one slot of the scoreboard, in which a serving process writes what it does."""
 
     def __init__(self, board: Scoreboard) -> None:
         self.client, self.line, self.requests, self.look_at = b"", b"", 0, 0.0
@@ -1335,40 +1335,40 @@ class Slot:
         self.attach(board, 0, os.getpid())
 
     def attach(self, board: Scoreboard, index: int, pid: int) -> None:
-        """Have this place from now on, for the process with this pid."""
+        """Write into the slot with this index from now on, for the process with this pid."""
         self.board, self.index = board, index
         self.write = partial(RECORD.pack_into, board.memory, 56 + index * SLOT_SIZE)
         self.since, self.leave_by, self.orders, self.counts = board.since, board.leave_by, board.orders, board.requests
         self.pid, self.parent = pid, os.getppid()
 
     def mark_waiting(self, is_waiting: bool, taken: int = 0) -> None:
-        """The next connection is waited for, or not, since so many were taken or none is wanted."""
+        """Note whether the child waits at the queue, and how many connections it has just taken."""
         self.since[self.index] = 0.0
         self.board.waiting[self.index] = is_waiting
         self.board.taken[self.index] += taken
 
     def mark_client(self, client: bytes) -> None:
-        """The connection of this client is in hand."""
+        """Note the client of the connection in hand; `mark_busy` writes it to the slot."""
         self.client, self.line = client, b""
 
     def mark_silent(self) -> float:
-        """The client is waited for; return the time."""
+        """Note that the child waits for the client; return the time."""
         now = time.monotonic()
         self.since[self.index] = -now
         return now
 
     def mark_busy(self, line: bytes) -> float:
-        """A request is in hand; return the time."""
+        """Note that a request is in hand; return the time."""
         self.requests += 1
         self.counts[self.index] = self.requests
-        if line is not self.line:  # clients repeat their heads
+        if line is not self.line:  # a repeated head has the same object: it is written already
             self.line = line
             self.write(self.client, line)
         now = self.since[self.index] = time.monotonic()
         return now
 
     def mark_progress(self) -> float:
-        """The request in hand has made progress; return the time."""
+        """Note that the request in hand has made progress; return the time."""
         now = self.since[self.index] = time.monotonic()
         return now
 
@@ -1390,7 +1390,7 @@ class Slot:
         return self.leave_by[self.index] != 0
 
     def may_keep(self) -> bool:
-        """Return whether a connection at rest may stay that no other process could go on with: also after a reload."""
+        """Return whether a TLS connection at rest, which no other process can take over, may stay, also in a reload."""
         now = time.monotonic()
         if not self.must_leave(now):
             return not self.is_told(PRESSED)
@@ -1398,12 +1398,12 @@ class Slot:
         return is_in_time and not self.is_told(PRESSED | STOPPING)
 
     def may_wait(self) -> bool:
-        """The request is done: return whether the next one may be waited for; give way to a parent that must fork."""
+        """Note that a request is done, give way to a parent that must fork, return whether to wait for the next."""
         orders, now = self.orders[0], self.mark_silent()
-        if not orders and now <= self.look_at:  # to look around after each request would cost 5 %
+        if not orders and now <= self.look_at:  # what follows would cost 5 % after each request
             return True
         if orders & WANTED:
-            give_way()  # the parent competes with all busy children, and newcomers wait for it
+            give_way()  # the parent competes with all busy children, and a request waits for its fork
         return not (orders & PRESSED or self.must_leave(now))
 
 
@@ -1411,14 +1411,14 @@ class Slot:
 # A process that serves: it takes a connection out of the queue, serves it, gives it back if it is at rest, and exits or
 # takes the next one (fork(2), unix(7)).
 #
-#     parent --- queue: a descriptor, and the time by which its head must be complete ---> whichever child waits
-#     parent <--- mailbox: a descriptor that comes back, or the number of a signal ------- any child, and itself
+#     parent --- queue: a descriptor, and the time by which its head must be complete ---> any child that waits
+#     parent <--- mailbox: a descriptor that comes back, or the number of a signal ------- any child, and the parent
 #
 # WARNING: a descriptor in a message is a copy. The sender closes its own, and the connection lives on in the receiver.
 
 Service = Callable[[socket.SocketType, Any, Slot, "float | None"], bool]
 DEADLINE, DESCRIPTOR = struct.Struct("d"), struct.Struct("i")
-BACK = b"back\n"  # and behind it a memo for each descriptor that is given back
+BACK = b"back\n"  # behind it, a line with the memo of each descriptor that is given back
 MAX_DESCRIPTORS = 253  # in one message: SCM_MAX_FD of Linux
 RIGHTS = socket.SOL_SOCKET, socket.SCM_RIGHTS
 CLOSE_ON_EXEC, CUT_OFF = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0)), int(socket.MSG_CTRUNC)
@@ -1437,20 +1437,20 @@ class Channel:
         set_clock(self.receiver)
 
     def send(self, message: bytes, *fds: int) -> None:
-        """Send a message; BlockingIOError if there is no room for it, another OSError if nobody will receive it."""
+        """Send a message at once; BlockingIOError if there is no room for it, another OSError as from sendmsg(2)."""
         self.sender.sendmsg((message,), [(*RIGHTS, b"".join(map(DESCRIPTOR.pack, fds)))] if fds else [])
 
     def receive(self, flags: int = 0, space: int = socket.CMSG_SPACE(4), size: int = 128) -> tuple[bytes, bytes]:
-        """Return the next message and its descriptors, b"" at the end; BlockingIOError if none comes in a second."""
+        """Return the next message and its packed descriptors, b"" at the end; BlockingIOError if a second passes."""
         message, rights, flags, _ = self.receiver.recvmsg(size, space, flags | CLOSE_ON_EXEC)
-        if flags & CUT_OFF:  # the kernel has closed the descriptors that this process may not open
+        if flags & CUT_OFF:  # the kernel has closed the descriptors beyond the limit of this process
             log_throttled("connections are lost: %s" % os.strerror(errno.EMFILE))
         return message, rights[0][2] if rights else b""
 
 
 def wait_readable(sock: socket.SocketType, seconds: float) -> bool:
-    """Wait so many seconds at most until there is something to receive; return whether there is."""
-    poller = select.poll()  # not select(2): that ends at descriptor 1023
+    """Wait until the socket is readable, for these seconds at most; return whether it is."""
+    poller = select.poll()  # not select(2), which ends at descriptor 1023
     poller.register(sock, select.POLLIN)
     return bool(poller.poll(seconds * 1000))
 
@@ -1461,32 +1461,32 @@ class Child:
     def __init__(self, serve: Service, family: int, mailbox: Channel, board: Scoreboard, options: Options) -> None:
         self.serve_connection, self.family, self.queue, self.mailbox = serve, family, Channel(), mailbox
         self.options = options
-        self.connections = options.connections_per_child  # at hand: what is looked up costs each fork some pages
+        self.connections = options.connections_per_child  # kept here: a look-up in Options costs each fork some pages
         self.slot = Slot(board)
-        if options.no_fork:  # nobody else serves: this process never waits for a client, or all others would, too
+        if options.no_fork:  # the only process: if it waited for one client, all other clients would wait, too
             self.slot.retire()
         self.sock: socket.SocketType | None = None  # the connection in hand
-        self.interrupted = 0.0  # since when the wait or the work lasted that was interrupted: once is enough
+        self.interrupted = 0.0  # the `since` of the last interruption, so that none is interrupted twice
 
     def run(self, index: int, give_up: Callable[[], None]) -> NoReturn:
-        """Run as the child in this slot; give up first what is the parent's, to whose code nothing returns."""
+        """Give up what is the parent's, serve as the child in this slot, and exit: the parent's code must not go on."""
         status = 1
         try:
             give_up()
             self.slot.attach(self.slot.board, index, os.getpid())
             self.serve_connections()
             status = 0
-        except SystemExit as error:  # of a process that the application has forked
+        except SystemExit as error:  # in a process that the application has forked
             status = error.code if isinstance(error.code, int) else int(error.code is not None)
         except BaseException as error:
             log_exception(error)
         finally:
-            self.slot.mark_progress()  # the exit, too, has a deadline
+            self.slot.mark_progress()  # the exit has the timeout of a request
             exit_child(status)
 
     def serve_connections(self) -> None:
-        """Take connections out of the queue and serve them, as many as this process may."""
-        left = self.connections  # 0 never comes to 0 again
+        """Serve connections from the queue, up to --connections-per-child, or until this child is to leave."""
+        left = self.connections  # 0, no limit: it is negative from the first connection on
         while taken := self.receive_connection():
             self.serve(*taken)
             left -= 1
@@ -1504,28 +1504,28 @@ class Child:
             except BlockingIOError:  # a second has passed
                 if self.slot.must_leave(time.monotonic()):
                     return None
-            except OSError:  # it was closed: a process that the application has forked
+            except OSError:  # `detach` has closed the queue: a process that the application has forked
                 return None
         if not rights:  # asked to leave, or the end of the queue
             return None
         self.slot.mark_waiting(False, taken=1)
         sock = socket.SocketType(self.family, STREAM, 0, DESCRIPTOR.unpack(rights)[0])
-        if sock.gettimeout() is not None:  # an application has set a default: the clock would mean nothing
+        if sock.gettimeout() is not None:  # the application has set a default, which would disable the clock
             sock.setblocking(True)
         self.slot.memo = message[DEADLINE.size :]
         return sock, DEADLINE.unpack_from(message)[0]
 
     def serve(self, sock: socket.SocketType, deadline: float | None) -> None:
-        """Serve a connection until it ends, or is at rest and the parent has it back."""
+        """Serve a connection until it ends, or until it is at rest and given back to the parent."""
         self.sock = sock
         try:
             address = sock.getpeername()
-        except OSError:  # it was reset: nobody would get the answer
+        except OSError:  # the client has reset the connection
             sock.close()
             return
         self.slot.mark_client(address[0].encode() if isinstance(address, tuple) else b"unix")
         while self.serve_connection(sock, address, self.slot, deadline) and not self.give_back(sock):
-            deadline = None  # the mailbox is full: the client is waited for once more
+            deadline = None  # the mailbox is full: wait for the client once more
 
     def give_back(self, sock: socket.SocketType) -> bool:
         """Send a connection at rest to the parent, and close it here; return False if the mailbox is full."""
@@ -1535,12 +1535,12 @@ class Child:
             if error.errno in (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS):
                 log_throttled("cannot give a connection at rest back: %s" % error.strerror)
                 return False
-            # Else the parent is dead.
+            # Else the parent is dead: the connection ends here.
         sock.close()
         return True
 
     def on_signal(self, signum: int) -> None:
-        """Handle a signal. SIGINT is none of a child's business: a terminal sends it to all, and the parent decides."""
+        """Handle a signal; ignore SIGINT: a terminal sends it to the children, too, and the parent alone acts."""
         if signum == signal.SIGTERM:
             self.slot.retire(time.monotonic() + self.options.graceful_timeout)
         elif signum == signal.SIGALRM:
@@ -1548,11 +1548,11 @@ class Child:
             if since in (0.0, self.interrupted) or time.monotonic() - abs(since) <= self.options.timeout:
                 return  # the request was done when the signal came, or was interrupted already
             self.interrupted = since
-            # Negative: other signals have kept the wait for the client from ending by itself.
+            # Negative: other signals have restarted the wait for the client again and again, so that it did not end.
             raise Overdue if since > 0 else ClientSilentError
 
     def detach(self) -> None:
-        """Give up, in a process that the application has forked, what is the server's: it must not answer, too."""
+        """Give up what is the server's, in a process that the application has forked: only the child may answer."""
         self.slot.attach(Scoreboard(1), 0, self.slot.pid)
         for sock in (self.sock, self.queue.receiver, self.mailbox.sender):
             if sock:
@@ -1566,52 +1566,52 @@ def exit_child(status: int) -> NoReturn:
             sys.modules["threading"]._shutdown()  # what CPython itself calls at its end; there is no public name
         exit_at_once(status)
     finally:
-        os._exit(status)  # whatever an exit handler has done
+        os._exit(status)  # even if an exit handler has raised
 
 
 def flush_output() -> None:
-    """Write out what the streams of Python hold."""
+    """Flush the buffers of sys.stdout and sys.stderr, as far as possible."""
     for file in (sys.stdout, sys.stderr):
         try:
             file.flush()
         except (AttributeError, OSError, ValueError):
-            pass  # there is none, or nobody reads it, or it was closed
+            pass  # the stream is None, has no reader, or is closed
 
 
 # ---- 13. Reactor ------------------------------------------------------------
-# The connections that no child works at: accepted, at rest, ready for a child, given back, expired. One selector tells
-# which of them, the listener or the mailbox is readable. What came is looked at, not consumed (MSG_PEEK, recv(2)).
+# The connections that no child works at: accepted, at rest, ready for a child, given back, expired. One selector
+# watches them, the listener and the mailbox. The parent looks at received bytes, but consumes none (MSG_PEEK, recv(2)).
 
 PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
-ACCEPT_AT_ONCE = 64  # connections, before other events are looked at
+ACCEPT_AT_ONCE = 64  # connections, before other events have their turn
 SPACE, MEMOS = socket.CMSG_SPACE(MAX_DESCRIPTORS * DESCRIPTOR.size), MAX_DESCRIPTORS * 64  # bytes
 
 
 class Connection:
-    """Owns a connection that nobody works at: its socket, and until when it may rest."""
+    """Owns a connection that no child works at: its socket, and until when it may rest."""
 
     __slots__ = ("deadline", "group", "memo", "seen", "sock")
 
     def __init__(self, sock: socket.SocketType, deadline: float, memo: bytes = b"") -> None:
         self.sock, self.deadline = sock, deadline
-        self.memo = memo  # of the children, which know what it means
-        self.seen = 0  # how many bytes of a head are there that is not whole
-        self.group: Any = None  # whose connection it is, once that was asked for
+        self.memo = memo  # what a child has noted; the parent does not read it
+        self.seen = 0  # bytes received of a head that is not complete
+        self.group: Any = None  # identifies the client, once `order_fairly` has needed it
 
 
 def find_group(host: str) -> Any:
-    """Return the address as far as it tells clients apart: of an IPv6 address the /64, which one client has whole."""
+    """Return what identifies the client at an address: the address, or of IPv6 the /64, all of which one client has."""
     host = strip_mapping(host)
     return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8] if ":" in host else host
 
 
 def order_fairly(ready: Iterable[Connection], board: Scoreboard) -> deque[Connection]:
-    """Return the connections in the order of how many of the same client are at work, or stand before them."""
+    """Return the connections, sorted by the number of connections of the same client at work or ahead in line."""
     ahead = Counter(find_group(board.read_text(slot, 0)) for slot in range(board.used) if board.since[slot])
     ranked: list[tuple[int, int, Connection]] = []
     for connection in ready:
         if connection.group is None:
-            with suppress(OSError):  # it was reset
+            with suppress(OSError):  # the client has reset it
                 address = connection.sock.getpeername()
                 connection.group = find_group(address[0]) if isinstance(address, tuple) else "unix"
         ahead[connection.group] += 1
@@ -1625,31 +1625,31 @@ class Reactor:
     def __init__(self, listener: Listener, mailbox: Channel, options: Options) -> None:
         self.listener, self.mailbox, self.options = listener, mailbox, options
         self.head_timeout = min(HEAD_TIMEOUT, options.timeout)
-        # Unix sockets know no SO_RCVLOWAT; and what precedes HTTP only a child understands.
+        # No wait for a whole head: unix sockets have no SO_RCVLOWAT, and only a child reads TLS and PROXY headers.
         self.is_opaque = bool(listener.is_unix or options.certfile or options.proxy_protocol)
         self.resting: dict[int, Connection] = {}  # by descriptor, the longest at rest first
-        self.ready: deque[Connection] = deque()  # for a child
+        self.ready: deque[Connection] = deque()  # in line for a child
         self.peeked = memoryview(bytearray(MAX_HEAD + 4))  # enough to see that a head is too large
         self.selector: Any = selectors.DefaultSelector()
         self.selector.register(mailbox.receiver, selectors.EVENT_READ, self.take_back)
         self.selector.register(listener.sock, selectors.EVENT_READ, self.accept)
 
     def wait(self, seconds: float) -> None:
-        """Sleep until something happens, so many seconds at most, and sort it."""
+        """Sleep until there are events, for these seconds at most, and handle them."""
         for key, _ in self.selector.select(seconds):
             if key.data:
                 key.data()  # take_back or accept
-            elif connection := self.resting.get(key.fd):  # else it was closed meanwhile, for a newcomer
+            elif connection := self.resting.get(key.fd):  # else an event before it has closed it to make room
                 self.look_at(connection)
 
     def accept(self) -> bool:
-        """Accept who waits in the kernel's queue; return whether there is room for more, else pause."""
+        """Accept connections from the kernel's queue; return False if there is no room, and pause until `expire`."""
         deadline, has_room = time.monotonic() + self.head_timeout, True
         for _ in range(ACCEPT_AT_ONCE):
             try:
                 connection = Connection(self.listener.accept(), deadline)
             except (BlockingIOError, ConnectionAbortedError):
-                break  # nobody is left, or somebody has gone again
+                break  # the kernel's queue is empty, or a client has gone again
             except OSError as error:  # EMFILE, ENFILE, ENOBUFS, ENOMEM
                 log_throttled("cannot accept: %s" % error.strerror)
                 has_room = self.close_longest_at_rest()
@@ -1662,7 +1662,7 @@ class Reactor:
         return has_room
 
     def make_room(self) -> bool:
-        """Return whether one more connection may be held, if need be in place of the one longest at rest."""
+        """Return whether one more connection may be held; if need be, close the connection longest at rest."""
         if len(self.resting) + len(self.ready) < self.options.max_connections:
             return True
         log_throttled("%d connections are held (--max-connections)" % self.options.max_connections)
@@ -1680,8 +1680,8 @@ class Reactor:
         connection.sock.close()
 
     def look_at(self, connection: Connection) -> None:
-        """Look at what the client has sent, or that it has ended: is it for a child, or does the connection rest?"""
-        seen = connection.seen  # as many bytes as before: it has ended
+        """Look at what the client has sent: line the connection up for a child, let it rest, or close it."""
+        seen = connection.seen  # readable with no more bytes than these: the client has ended its side
         try:
             count = connection.sock.recv_into(self.peeked, 0, PEEK)
         except BlockingIOError:
@@ -1694,9 +1694,9 @@ class Reactor:
         elif self.is_opaque or count == seen or is_worth_reading(bytes(self.peeked[:count]), seen):
             self.make_ready(connection)
         else:
-            # The selector reports it when more is there (SO_RCVLOWAT, socket(7)).
+            # The selector reports the connection only when more bytes are there (SO_RCVLOWAT, socket(7)).
             connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count + 1)
-            if not seen:  # a head has the head's time, and not more by a byte now and then
+            if not seen:  # the first bytes of the head set its deadline; more bytes do not extend it
                 connection.deadline = time.monotonic() + self.head_timeout
             connection.seen = count
             self.rest(connection)
@@ -1715,33 +1715,33 @@ class Reactor:
         self.ready.append(connection)
 
     def forget(self, connection: Connection) -> None:
-        """Hold it no more; the selector must be told before the descriptor is closed, since children have copies."""
+        """Stop watching a connection, always before its close: else the kernel would watch the children's copies."""
         if self.resting.pop(connection.sock.fileno(), None):
             self.selector.unregister(connection.sock)
 
     def take_back(self) -> None:
-        """Receive the connections that are given back, by the mailbox, up to the number of a signal."""
+        """Receive the connections given back, until the mailbox is empty or holds the number of a signal."""
         with suppress(BlockingIOError):
             while (received := self.mailbox.receive(DONT_WAIT))[1]:
                 self.hold(*received)
 
     def hold(self, message: bytes, rights: bytes) -> None:
-        """Hold connections that were silent for a TICK and come with this message."""
+        """Hold the connections that come with a message; their clients count as silent for a TICK already."""
         deadline = time.monotonic() + max(self.options.keep_alive - TICK, 0.0)
         for (fd,), memo in zip(DESCRIPTOR.iter_unpack(rights), message.split(b"\n")[1:]):
             self.make_room()
             self.rest(Connection(socket.SocketType(self.listener.family, STREAM, 0, fd), deadline, memo))
 
     def expire(self, now: float) -> None:
-        """Close who has been silent too long; a head that has begun is answered 408 by a child."""
+        """Resume accepting; close connections past their deadline, but let a child answer 408 to an incomplete head."""
         with suppress(KeyError, OSError):  # it is watched already, or was closed
-            self.listener.sock.setblocking(False)  # another holder of the socket may have made it block
+            self.listener.sock.setblocking(False)  # another process with this socket may have made it block
             self.selector.register(self.listener.sock, selectors.EVENT_READ, self.accept)
         for connection in [c for c in self.resting.values() if now >= c.deadline]:
             (self.make_ready if connection.seen else self.drop)(connection)
 
     def stop_listening(self) -> None:
-        """Accept who was in the kernel's queue, and nobody else."""
+        """Accept the connections that are in the kernel's queue, and close the listener."""
         if not self.listener.is_foreign:
             self.listener.sock.listen(0)
         while wait_readable(self.listener.sock, 0) and self.accept():
@@ -1751,7 +1751,7 @@ class Reactor:
         self.listener.close()
 
     def close_copies(self) -> None:
-        """Close what is held here, in a process that was forked: the connections live on in the parent."""
+        """Close the copies that a forked process has of what is held here: the connections live on in the parent."""
         self.listener.sock.close()
         for fd in self.resting:
             os.close(fd)
@@ -1760,41 +1760,41 @@ class Reactor:
 
 
 # ---- 14. Parent -------------------------------------------------------------
-# One loop that sleeps in one place: requests go to children, children are forked, reaped and watched, signals handled.
-# fork(2), waitpid(2), signal(7).
+# One loop, which sleeps in one place. It hands requests to children, forks, watches and reaps children, and handles
+# signals (fork(2), waitpid(2), signal(7)).
 
-KILL_AFTER = 5.0  # seconds from the signal that interrupts a request to the one that nothing survives
-ALARM_SLACK = 0.25  # seconds beyond the timeout until the parent interrupts a request,
-CLIENT_SLACK = 3.0  # and a wait for the client, whose end a child sees by itself, once in a TICK
-LAST_CALL = 1.0  # seconds that a connection at rest is given, when it must go, for a request that may be under way
-FORK_DELAY = 0.01  # seconds from the moment that no child is spare to the fork of the next, if none is reaped before
-FAIR_ORDER_EVERY = 0.05  # seconds: to look at who is at work takes time
+KILL_AFTER = 5.0  # seconds from the SIGALRM that interrupts a request to the SIGKILL that ends its child
+ALARM_SLACK = 0.25  # seconds beyond the timeout until the parent interrupts a request
+CLIENT_SLACK = 3.0  # the same for a wait for the client, which a child ends by itself, but looks only once in a TICK
+LAST_CALL = 1.0  # seconds from a stop to the close of connections at rest, whose next request may be under way
+FORK_DELAY = 0.01  # seconds without a spare child until the next fork; a child that is reaped ends the delay
+FAIR_ORDER_EVERY = 0.05  # seconds between two sorts of the requests that wait: each reads the whole scoreboard
 TOTALS = "forks", "reaped", "crashes", "timeouts", "requests", "ms of processor"
-ADVICE_AFTER, EXPENSIVE, FEW_REQUESTS = 100, 20.0, 4  # processes; ms of processor for each; requests for each
+ADVICE_AFTER, EXPENSIVE, FEW_REQUESTS = 100, 20.0, 4  # processes reaped; per process: ms of processor, requests
 SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)
 
 
 class Signals:
     """Owns the signal handlers of the server, and the numbers of the signals that were not handled yet (signal(7)).
 
-    A handler notes the number, a byte in the mailbox ends the sleep, and the loop acts. Where no loop of ours runs,
-    `Child.on_signal` or `end_loading` gets the number at once. WARNING: CPython forgets signals that come between
-    fork(2) and the return of os.fork(). What is asked of a child of ours is on the scoreboard. But the application may
-    terminate a process of its own as soon as it knows the pid: so signals wait around its fork, in any thread. In the
-    parent, where `detach` is None while it serves, nothing waits: only children of ours are forked there.
+    The handler notes the number, a byte in the mailbox ends the sleep, and the parent's loop acts. In a child, or while
+    the application loads, `Child.on_signal` or `end_loading` acts at once. WARNING: CPython forgets signals that come
+    between fork(2) and the return of os.fork(). The server's children lose nothing: their orders are on the scoreboard.
+    But an application may terminate a process that it has just forked: so the thread that forks blocks signals until
+    os.fork() returns. While the parent serves, it forks only for the server: `detach` is None, and nothing is blocked.
     """
 
     def __init__(self, wakeup: socket.socket) -> None:
         self.wakeup = wakeup
         self.pending: list[int] = []
         self.receiver: Callable[[int], Any] = self.pending.append
-        self.handlers: dict[int, Any] = {}  # as they were before
-        self.detach: Callable[[], None] | None = None  # what a process has to call that the application has forked
-        self.masks: dict[int, Any] = {}  # by the thread in which the application forks: what was blocked before
+        self.handlers: dict[int, Any] = {}  # by signal: the handler before ours
+        self.detach: Callable[[], None] | None = None  # called in a process that the application has forked
+        self.masks: dict[int, Any] = {}  # by the thread in which the application forks: the signal mask before
         os.register_at_fork(before=self.block, after_in_parent=self.unblock, after_in_child=self.leave)
 
     def catch(self, *signums: int) -> None:
-        """Have these signals noted from now on, whatever an application has set or blocked."""
+        """Handle these signals, whatever the application has set or blocked; StartError outside the main thread."""
         try:
             for signum in signums:
                 self.handlers.setdefault(signum, signal.signal(signum, self.on_signal))
@@ -1805,12 +1805,12 @@ class Signals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signums)
 
     def on_signal(self, signum: int, _: Any) -> None:
-        """Note a signal; but no exception is raised while a fork is under way: SIGALRM comes again."""
+        """Note a signal; but drop SIGALRM, which raises an exception, during a fork: the parent sends it again."""
         if not (self.masks and signum == signal.SIGALRM):
             self.receiver(signum)
 
     def release(self) -> None:
-        """Set the handlers as they were."""
+        """Restore the handlers that were set before `catch`."""
         if self.handlers:  # else nothing was caught, perhaps since this is not the main thread
             signal.set_wakeup_fd(-1)
         for signum, handler in self.handlers.items():
@@ -1819,18 +1819,18 @@ class Signals:
         self.detach = None
 
     def block(self) -> None:
-        """Before the application forks: let signals wait."""
+        """Block the signals before the application forks."""
         if self.detach:
-            self.masks[get_ident()] = None  # from here on nothing is raised
+            self.masks[get_ident()] = None  # from here on `on_signal` raises nothing
             self.masks[get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
     def unblock(self) -> None:
-        """After it: let them come as before."""
+        """Restore the signal mask after the fork."""
         if (mask := self.masks.pop(get_ident(), None)) is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def leave(self) -> None:
-        """In the process that it has forked: give up what is the server's."""
+        """Give up what is the server's, in the process that the application has forked."""
         if self.detach:
             self.detach()
             self.release()
@@ -1839,18 +1839,18 @@ class Signals:
 
 
 class Queue:
-    """Owns the parent's end of the queue: which requests are in it, and which children wait for one."""
+    """Owns the parent's end of the queue: how many requests are in it, and how many children wait for one."""
 
     def __init__(self, channel: Channel, board: Scoreboard) -> None:
         self.channel, self.board = channel, board
-        self.put_in = 0  # requests
-        self.taken_by_dead = -sum(board.taken)  # of these, by children that have ended; the others count for themselves
-        self.fair_at = 0.0  # when the order is looked at again
-        self.least_spare = self.uncounted = 0  # spare children since the last TICK; requests taken, but not counted
-        self.idle: set[int] = set()  # slots of children that waited at the last TICK although requests did
+        self.put_in = 0  # requests, since the start of this program
+        self.taken_by_dead = -sum(board.taken)  # of these, by children that were reaped; less those before a reload
+        self.fair_at = 0.0  # when the requests that wait are sorted again
+        self.least_spare = self.uncounted = 0  # the fewest since the last TICK; requests not counted as taken
+        self.idle: set[int] = set()  # slots of children that waited at the last TICK beside a request in the queue
 
     def fill(self, reactor: Reactor, now: float, free: int) -> int:
-        """Put in requests for as many children as are free or may be forked; return how many. The others wait."""
+        """Put in at most `free` requests, one for each child that is free or may be forked; return how many."""
         if free < len(reactor.ready) and now >= self.fair_at:
             self.fair_at = now + FAIR_ORDER_EVERY
             reactor.ready = order_fairly(reactor.ready, self.board)
@@ -1859,7 +1859,7 @@ class Queue:
             connection = reactor.ready[0]
             try:
                 self.channel.send(DEADLINE.pack(connection.deadline) + connection.memo, connection.sock.fileno())
-            except OSError as error:  # the queue is full; or ETOOMANYREFS: too many descriptors are under way
+            except OSError as error:  # the queue is full; ETOOMANYREFS: it holds too many descriptors
                 if error.errno not in (errno.EAGAIN, errno.ENOBUFS):
                     log_throttled("cannot hand over a connection: %s" % error.strerror)
                 break
@@ -1872,26 +1872,26 @@ class Queue:
         return self.put_in - before
 
     def count_taken(self) -> int:
-        """Return how many requests were taken out."""
+        """Return how many requests the children have taken out."""
         return self.taken_by_dead + sum(self.board.taken[: self.board.used])
 
     def count_spare(self) -> int:
-        """Return how many children wait for which there is no request in the queue; below 0: children are wanted."""
+        """Return how many more children wait than the queue has requests; below 0, so many children are missing."""
         spare = sum(self.board.waiting[: self.board.used]) - self.put_in + self.count_taken()
         self.least_spare = min(self.least_spare, spare)
         return spare
 
     def look_after(self) -> None:
-        """Have the spare children beyond the one leave that were not needed since the last TICK."""
-        self.board.order(PRESSED, False)  # until `fill` finds it so again
+        """Correct the counts, and tell all spare children but one to leave that were not needed since the last TICK."""
+        self.board.order(PRESSED, False)  # until `fill` gives the order again
         waiting = {slot for slot, is_waiting in enumerate(self.board.waiting[: self.board.used]) if is_waiting}
         if wait_readable(self.channel.receiver, 0):
-            for slot in waiting & self.idle:  # stuck, or stopped: they count as spare no more
+            for slot in waiting & self.idle:  # stuck or stopped: they do not count as spare
                 self.board.waiting[slot] = 0
             self.idle = waiting
             return
         self.idle = set()
-        uncounted = self.put_in - self.count_taken()  # taken this moment, or by a child that has died before it counted
+        uncounted = self.put_in - self.count_taken()  # taken just now, or by a child that died before it counted
         self.taken_by_dead += min(uncounted, self.uncounted)
         self.uncounted = uncounted
         with suppress(OSError):
@@ -1900,7 +1900,7 @@ class Queue:
         self.least_spare = len(waiting)
 
     def end(self) -> list[tuple[int, bytes]]:
-        """Let the children that wait find the end; return the connections that nobody has taken, with their memos."""
+        """End the queue for the children that wait; return the connections that none has taken, with their memos."""
         untaken: list[tuple[int, bytes]] = []
         with suppress(BlockingIOError):
             while (received := self.channel.receive(DONT_WAIT))[0]:
@@ -1911,47 +1911,47 @@ class Queue:
 
 
 class Parent:
-    """Owns the children and the loop that they come from. It lives in the process that was started."""
+    """Owns the children and the loop that forks, watches and reaps them. It lives in the process that was started."""
 
     def __init__(self, child: Child, reactor: Reactor, signals: Signals, options: Options) -> None:
         self.child, self.reactor, self.signals, self.options = child, reactor, signals, options
         self.board, self.queue = child.slot.board, Queue(child.queue, child.slot.board)
         self.reload = Reload(options, signals, reactor, self.queue)
-        signals.detach = None  # what is forked from here on are children, until one of them says otherwise
-        # A reload keeps the size of the board; and the cap is less where the system does not allow so many.
+        signals.detach = None  # from here on, this process forks only children; `give_up` sets it in each
+        # A reload keeps the size of the scoreboard. The cap falls below `most` while the system refuses more processes.
         self.most = self.cap = min(options.max_children, len(self.board.pids))
-        self.fork_at: float | None = 0.0  # when the next child is to be forked; None: when there is a reason
-        self.put_in_before = 0  # how many requests there were when that was decided
-        self.fork_again_at = self.fork_pause = 0.0  # no fork before, since children have died before they served
+        self.fork_at: float | None = 0.0  # when to fork the next child; None: no fork is due
+        self.put_in_before = 0  # how many requests were put in when `fork_at` was set
+        self.fork_again_at = self.fork_pause = 0.0  # no fork before this; the pause after children that died unused
         self.tick_at = self.stop_at = 0.0  # when `watch` is due; when listening ends, 0 until a stop is asked for
-        self.grace = options.graceful_timeout  # seconds from then on for what is in hand
-        self.is_over, self.has_terminal = False, os.isatty(2)  # all has ended; there is one that may be closed
-        self.told: dict[int, tuple[float, float]] = {}  # by slot: no progress since when, interrupted when
+        self.grace = options.graceful_timeout  # seconds from `stop_at` on for the requests in hand
+        self.is_over, self.has_terminal = False, os.isatty(2)  # all has ended; stderr is a terminal
+        self.told: dict[int, tuple[float, float]] = {}  # by slot: the `since` that was interrupted, and when
         self.totals: dict[str, float] = dict.fromkeys(TOTALS, 0)
 
     def run(self) -> None:
-        """Serve until the server was stopped and the last child was reaped."""
+        """Serve until the server is stopped and the last child is reaped."""
         while not self.is_over:
             now, spare = time.monotonic(), self.queue.count_spare()
-            # Step 1: requests go into the queue, one for each child that is there or may be forked.
+            # Step 1: put requests into the queue, one for each child that is spare or may be forked.
             if self.reactor.ready:
                 spare -= self.queue.fill(self.reactor, now, self.cap - len(self.board.children) + spare)
-            # Step 2: one child more than there are requests waits, so that no client has to wait for a fork.
+            # Step 2: keep one child spare, so that no client has to wait for a fork.
             until = self.keep_spare(now, spare)
-            # Step 3: sleep until a client, a child or a signal wants something. Those that are at work come first.
+            # Step 3: let children at work run first; then sleep until an event, a signal, or the next thing is due.
             give_way()
             self.reactor.wait(max(min(until, self.tick_at) - now, 0.0))
-            # Step 4: do what signals ask for.
+            # Step 4: handle the signals that have come.
             while self.signals.pending:
                 self.handle_signal(self.signals.pending.pop(0))
-            # Step 5: do what is due.
+            # Step 5: do what is due in each TICK.
             if (now := time.monotonic()) >= self.tick_at:
                 self.watch(now)
 
     def keep_spare(self, now: float, spare: int) -> float:
-        """Fork a child a little after the last spare one got work, at once if a request waits; return when to look."""
-        # A parent that forks while its child answers takes the processor from it. Where children come back for the next
-        # connection, a request may wait as long; unless others have been waiting since then.
+        """Fork a child soon after the last spare one got work, or at once for a request; return when to call again."""
+        # A fork takes the processor from the child that answers. A request waits for the delay, too, if children come
+        # back for their next connection; the delay starts anew if they have taken all requests put in before it began.
         if spare > 0 or len(self.board.children) >= self.cap or (spare == 0 and self.stop_at):
             self.fork_at = None
             self.board.order(WANTED, False)
@@ -1968,9 +1968,9 @@ class Parent:
         return self.fork_at
 
     def fork(self) -> None:
-        """Fork a child, which waits at the queue. If the system allows no more, so many are the cap for a while."""
+        """Fork a child that waits at the queue. If the system refuses, the present number is the cap until `watch`."""
         slot = self.board.allot()
-        make_date(int(time.time()))  # the child remembers it
+        make_date(int(time.time()))  # the child inherits the line
         try:
             pid = os.fork()
         except OSError as error:  # EAGAIN: a limit of processes, ENOMEM
@@ -1984,7 +1984,7 @@ class Parent:
         self.totals["forks"] += 1
 
     def give_up(self) -> None:
-        """In the child: close what is the parent's. Its wake-up descriptor stays: a signal is a byte in the mailbox."""
+        """Close what is the parent's, in the child. The wake-up descriptor stays: a signal is a byte in the mailbox."""
         for sock in (self.child.queue.sender, self.child.mailbox.receiver):
             os.close(sock.fileno())
         self.reactor.close_copies()
@@ -2005,13 +2005,13 @@ class Parent:
             report(self.queue, self.reactor, self.totals)
 
     def reap(self) -> None:
-        """Collect every child that has ended: until then it is a zombie, a pid and a wait status in the kernel.
+        """Reap every child that has ended: until then it is a zombie, a pid and a wait status in the kernel.
 
-        SIGCHLD says that some have, not how many: signals merge. So this repeats until none is left, and does not block
-        for the living (waitpid(2)). A pid that is not ours was orphaned and given to us, as to any PID 1.
+        One SIGCHLD may stand for several children: signals merge. So this repeats until no zombie is left, and does not
+        wait for living children (waitpid(2)). An unknown pid is the check of a reload, or an orphan given to PID 1.
         """
         with suppress(ChildProcessError):  # there is no child at all
-            while (ended := os.wait4(-1, os.WNOHANG))[0]:  # else those that there are live
+            while (ended := os.wait4(-1, os.WNOHANG))[0]:  # 0: the children that are left live
                 self.totals["reaped"] += 1
                 if ended[0] in self.board.children:
                     self.record_exit(*ended)
@@ -2021,7 +2021,7 @@ class Parent:
             self.tick_at = 0.0
 
     def record_exit(self, pid: int, status: int, usage: Any) -> None:
-        """Free the slot of a child that was reaped, and log it if it did not end by itself."""
+        """Free the slot of a child that was reaped, and log its end if the status is not 0."""
         slot = self.board.children.pop(pid)
         self.totals["requests"] += self.board.requests[slot]
         self.totals["ms of processor"] += (usage.ru_utime + usage.ru_stime) * 1000
@@ -2030,15 +2030,15 @@ class Parent:
         if status:
             self.totals["crashes"] += 1
             log_error("child %d %s while %s" % (pid, describe_end(status), self.board.describe(slot)))
-        # Children that die before they serve would be a fork storm.
+        # Else children that die before they serve would cause a fork storm.
         self.fork_pause = min(2 * self.fork_pause + FORK_DELAY, TICK) if self.board.waiting[slot] else 0.0
         self.fork_again_at = time.monotonic() + self.fork_pause
-        self.fork_at = 0.0  # it was the spare one, or has made room
+        self.fork_at = 0.0  # it was spare, or has made room for another
         self.queue.taken_by_dead += self.board.taken[slot]
         self.board.clear(slot)
 
     def watch(self, now: float) -> None:
-        """Do what is due, each TICK, or more often where somebody waits for it."""
+        """Do what is due in each TICK, and four times as often during a stop or with --reload."""
         self.tick_at = now + (TICK / 4 if self.stop_at or self.options.reload else TICK)
         self.cap = self.most  # the system may allow more again
         self.reactor.expire(now)
@@ -2050,7 +2050,7 @@ class Parent:
         self.totals["timeouts"] += enforce_deadlines(now, self.options.timeout, self.board, self.told)
 
     def stop(self) -> None:
-        """Stop gracefully; at the second request, at once."""
+        """Begin a graceful stop; if one has begun, stop at once."""
         if self.stop_at:
             self.stop_at, self.grace = time.monotonic(), 0.0
         else:
@@ -2063,7 +2063,7 @@ class Parent:
 
 
 def end_service(now: float, stop_at: float, kill_at: float, reactor: Reactor, queue: Queue) -> bool:
-    """Stop listening, close what is at rest after a last call, let children finish; return whether all is over."""
+    """Stop listening; after LAST_CALL, close what is at rest and let children finish; return whether all is over."""
     if reactor.listener.sock.fileno() >= 0:  # it still listens
         reactor.stop_listening()
     children = queue.board.children
@@ -2080,10 +2080,10 @@ def end_service(now: float, stop_at: float, kill_at: float, reactor: Reactor, qu
 
 
 def enforce_deadlines(now: float, timeout: float, board: Scoreboard, told: dict[int, tuple[float, float]]) -> int:
-    """Interrupt what makes no progress; kill what takes no notice, or should have left. Return how many were new."""
+    """Interrupt children without progress; kill those that go on or should have left. Return the new interruptions."""
     count, late = 0, []
     for pid, slot in board.children.items():
-        since = board.since[slot]  # read once: it changes under our eyes
+        since = board.since[slot]  # read once: the child may change it meanwhile
         if since and now - abs(since) > timeout + (ALARM_SLACK if since > 0 else CLIENT_SLACK):
             if told.get(slot, (0.0, 0.0))[0] != since:
                 told[slot] = since, now
@@ -2100,20 +2100,20 @@ def enforce_deadlines(now: float, timeout: float, board: Scoreboard, told: dict[
 def send_signal(pid: int, signum: int) -> None:
     """Send a signal to a child, which may have become another user (kill(2))."""
     try:
-        os.kill(pid, signum)  # until it is reaped, nobody else has its pid
+        os.kill(pid, signum)  # until the child is reaped, no other process gets its pid
     except PermissionError:
         log_throttled("may not send a signal to process %d, which has become another user" % pid)
 
 
 def describe_end(status: int) -> str:
-    """Return how a process has ended by its wait status (waitpid(2))."""
+    """Return how a process has ended, from its wait status (waitpid(2))."""
     names = {int(signum): signum.name for signum in signal.Signals}
-    number = os.WTERMSIG(status)  # 0: of none
+    number = os.WTERMSIG(status)  # 0: no signal
     return "died of " + names.get(number, "signal %d" % number) if number else "exited with %d" % os.WEXITSTATUS(status)
 
 
 def give_advice(totals: dict[str, float]) -> None:
-    """Say what to do if processes cost much and serve few requests."""
+    """Log what to do if processes cost much and serve few requests."""
     cost, requests = totals["ms of processor"] / totals["reaped"], totals["requests"] / totals["reaped"]
     if cost > EXPENSIVE and requests < FEW_REQUESTS:
         log_error(
@@ -2123,7 +2123,7 @@ def give_advice(totals: dict[str, float]) -> None:
 
 
 def report(queue: Queue, reactor: Reactor, totals: dict[str, float]) -> None:
-    """Print who does what to stderr."""
+    """Log what each child does, how many connections are held, and the totals."""
     board, now = queue.board, time.monotonic()
     log_error("%7s %-8s %8s %8s  %s" % ("pid", "state", "age", "requests", "client and request"))
     for pid, slot in sorted(board.children.items()):
@@ -2137,7 +2137,7 @@ def report(queue: Queue, reactor: Reactor, totals: dict[str, float]) -> None:
 
 
 def serve_alone(child: Child, reactor: Reactor, signals: Signals) -> None:
-    """Serve without other processes (--no-fork), one request at a time, until the server was stopped."""
+    """Serve without other processes (--no-fork), one request at a time, until the server is stopped."""
     while signal.SIGTERM not in signals.pending:
         reactor.wait(0.0 if reactor.ready else TICK)
         reactor.expire(time.monotonic())
