@@ -2155,35 +2155,35 @@ def serve_alone(child: Child, reactor: Reactor, signals: Signals) -> None:
 # ---- Part three: what production adds ---------------------------------------
 #
 # ---- 15. Reload -------------------------------------------------------------
-# New code without a lost request, a closed connection or a new pid. WARNING: the order of the steps matters.
+# New code without a lost request, a closed connection or a new pid. WARNING: each step relies on the one before.
 #
-#     1. SIGHUP            the program is started once more, beside the server, with WEBSERVER_CHECK: does it load?
-#     2. it loads          children are told to leave; what is at rest or in the queue goes into a channel of its own
-#     3. execve(2)         the same process becomes the new program; WEBSERVER_RELOAD names the descriptors that stay:
+#     1. SIGHUP            the check: a new process runs the program with WEBSERVER_CHECK, only to load the application
+#     2. check passed      the parent tells its children to leave; the connections that no child has go into a channel
+#     3. execve(2)         the parent becomes the new program; WEBSERVER_RELOAD names the descriptors that it keeps:
 #                          the memory of the scoreboard, the listening socket, the mailbox, that channel
-#     4. it loads again    meanwhile clients wait in the kernel's queue, and children put connections into the mailbox
-#     5. it serves         and reaps the children that were left, whose deadlines are on the scoreboard
+#     4. load              new clients wait in the kernel's queue; the old children put connections into the mailbox
+#     5. serve             the parent also reaps the old children, whose deadlines are on the scoreboard
 
 CHECK_TIMEOUT = 30.0  # seconds for new code to load
-LOADING_IS_SLOW = 10  # seconds until a person is told that the start takes long
-CHECK_PASSED = 93  # the exit status of a check that got as far as to serve
+LOADING_IS_SLOW = 10  # seconds until the log says that the application is still loading
+CHECK_PASSED = 93  # the exit status of a passed check; not 0, with which a module may end the process while it loads
 
-# How this program was started, to start it again. Not as it is now: an application may have changed all of it.
+# How this program was started, to start it again: noted now, because the application may change all of it.
 STARTED_IN, STARTED_WITH = os.getcwd(), dict(os.environ)
 STARTED_AS = [sys.executable, *getattr(sys, "orig_argv", [sys.executable, *sys.argv])[1:]]
 
 
 class Reload:
-    """Owns the process that tries new code, and what becomes of the server when it loads. It lives in the parent."""
+    """Owns the check of new code, and the replacement of the program after it. It lives in the parent."""
 
     def __init__(self, options: Options, signals: Signals, reactor: Reactor, queue: Queue) -> None:
         self.options, self.signals, self.reactor, self.queue = options, signals, reactor, queue
-        self.checker, self.check_by = 0, 0.0  # the pid of the process that tries the code, and when it must be done
-        self.is_wanted_again = self.is_due = False  # the code has changed meanwhile; the code loads
+        self.checker, self.check_by = 0, 0.0  # the pid of the check, 0 for none, and its deadline
+        self.is_wanted_again = self.is_due = False  # a reload was asked for during the check; the check has passed
         self.sources = list_sources() if options.reload else {}
 
     def begin(self) -> None:
-        """Try the code as it is now in a fresh interpreter, once a try that is under way has ended."""
+        """Check the present code in a new process; if a check is under way, do so once that has ended."""
         self.is_wanted_again = bool(self.checker)
         if self.checker:
             return
@@ -2197,13 +2197,13 @@ class Reload:
             start_again(WEBSERVER_CHECK=str(os.getpid()))
 
     def cancel(self) -> None:
-        """End the try that is under way; of its end nobody wants to hear."""
+        """Kill the process of a check that is under way; `end_check` then ignores its end."""
         if self.checker:
             send_signal(self.checker, signal.SIGKILL)
         self.checker = 0
 
     def end_check(self, pid: int, status: int) -> None:
-        """Hear what became of the check, if it was its process that was reaped."""
+        """Act on the result of the check, if the process that was reaped is that of the check."""
         if pid != self.checker:
             return
         self.checker = 0
@@ -2214,10 +2214,10 @@ class Reload:
         else:
             log_error("the new code does not load: the old code goes on")
             notify("RELOADING=1")
-            notify("READY=1")  # else the manager would wait for the end of the reload that it has asked for
+            notify("READY=1")  # else a service manager that asked for the reload would wait for its end
 
     def watch(self, now: float) -> None:
-        """Look at the sources and at the clock of the check; replace the program if it is time."""
+        """Kill a check that is late, begin one if a source has changed, replace the program if one has passed."""
         if self.checker and now >= self.check_by:
             send_signal(self.checker, signal.SIGKILL)
         if self.options.reload and (sources := list_sources()) != self.sources:
@@ -2227,7 +2227,7 @@ class Reload:
             self.replace()
 
     def replace(self) -> None:
-        """Become the new program; return if a signal has come that must be handled first."""
+        """Become the new program; return only if a signal is pending, which must be handled first."""
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         if self.signals.pending:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -2242,19 +2242,19 @@ class Reload:
             fds, memos = zip(*held[first : first + MAX_DESCRIPTORS])
             try:
                 rest.send(BACK + b"\n".join(memos), *fds)
-            except OSError as error:  # more than 70,000, or than the user may have under way
+            except OSError as error:  # more than 70,000, or more than the user may have in messages (unix(7))
                 log_error("connections at rest are lost in the reload: %s" % error.strerror)
-        run_exit_handlers()  # what the old code has started ends with it
+        run_exit_handlers()  # execve(2) runs none: what the old code has started would go on
         flush_output()
         sockets = self.reactor.listener.sock, mailbox.receiver, mailbox.sender, rest.receiver, rest.sender
         replace_program([board.fd, *(sock.fileno() for sock in sockets)])
 
 
 def replace_program(kept: list[int]) -> NoReturn:
-    """Start the program again in this process, which keeps these descriptors. Until it catches signals, they wait."""
+    """Start the program again in this process with these descriptors open; it unblocks signals once it catches them."""
     for fd in kept:
         os.set_inheritable(fd, True)
-    if __name__ != "__main__":  # what a script starts before it calls `serve` would inherit the mask
+    if __name__ != "__main__":  # a script may start processes before it calls `serve`: they would inherit the mask
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -2262,7 +2262,7 @@ def replace_program(kept: list[int]) -> NoReturn:
 
 
 def find_kept() -> list[int]:
-    """Return the descriptors that a reload has left to this process; those left to another one mean nothing here."""
+    """Return the descriptors that a reload has left open for this process, none if the variable names another pid."""
     pid, *kept = map(int, os.environ.pop("WEBSERVER_RELOAD", "0").split())
     if pid != os.getpid():
         return []
@@ -2272,7 +2272,7 @@ def find_kept() -> list[int]:
 
 
 def end_loading(pending: list[int], is_reload: bool, signum: int) -> None:
-    """Handle a signal while the application is loaded: nobody loops, so that one to stop is obeyed at once."""
+    """Handle a signal while the application loads: no loop runs yet, so a signal to stop ends the process at once."""
     if signum == signal.SIGALRM:
         log_error("the application is still loading: does its module run a server, as by app.run()? Then it never ends")
         if is_reload:
@@ -2296,29 +2296,29 @@ def start_again(**environ: str) -> NoReturn:
 
 
 def list_sources() -> dict[str, int]:
-    """Return when the sources were changed, also those never imported: one of them may be what breaks an import."""
+    """Return when each source was changed, imported or not: one not imported may be why an import fails."""
     files = [getattr(module, "__dict__", {}).get("__file__") for module in list(sys.modules.values())]
     folders = {os.path.dirname(os.path.abspath(f)) for f in files if isinstance(f, str) and f.endswith(".py")}
     installed = re.compile("%s/|.*/(site|dist)-packages/" % re.escape(os.path.dirname(os.__file__)))
     times = {}
     for folder in (folder for folder in folders if not installed.match(folder + "/")):
-        with suppress(OSError):  # the folder went while we looked
+        with suppress(OSError):  # the folder was removed meanwhile
             for path in (os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".py")):
-                with suppress(OSError):  # the file did, or is a link that leads nowhere
+                with suppress(OSError):  # the file was removed, or is a dangling link
                     times[path] = os.stat(path).st_mtime_ns
     return times
 
 
 # ---- 16. TLS ----------------------------------------------------------------
-# A filter under Stream, made of memory BIOs: a socket made by SSLContext.wrap_socket repeats its wait for ever and so
-# would undo every deadline (SO_RCVTIMEO). The context is made before the fork: any process can resume a session.
+# A filter between Stream and the socket, made of memory BIOs: the socket of SSLContext.wrap_socket repeats a wait that
+# SO_RCVTIMEO has ended, and so undoes every deadline. The context precedes the fork: any child can resume a session.
 
 SHORT_NAMES = {  # of attributes in a distinguished name (RFC 4514 §3)
     "commonName": "CN", "localityName": "L", "stateOrProvinceName": "ST", "organizationName": "O",
     "organizationalUnitName": "OU", "countryName": "C", "streetAddress": "STREET", "domainComponent": "DC",
     "userId": "UID",
 }  # fmt: skip
-SPECIAL = re.compile(r'([,+"\\<>;]|^[ #]| $)')  # characters that are escaped in the value of one
+SPECIAL = re.compile(r'([,+"\\<>;]|^[ #]| $)')  # characters that are escaped in the value of one (RFC 4514 §2.4)
 
 
 def make_tls_context(options: Options) -> Any:
@@ -2351,15 +2351,15 @@ def make_tls_context(options: Options) -> Any:
 
 
 def refuse_pass_phrase() -> NoReturn:
-    """Refuse a locked key: nobody would be there to unlock it when the server reloads."""
+    """Refuse a locked key: a server that reloads has no person to ask for the pass phrase."""
     raise StartError("the key of the certificate is locked: store it without a pass phrase, readable by few")
 
 
 def accept_tls(context: Any, stream: Stream, deadline: float) -> TLSSocket:
-    """Return the TLS session of a connection; ClientGoneError if the handshake fails or takes too long."""
+    """Return the TLS session of a connection; ClientGoneError if the handshake fails; HTTPError if plain HTTP comes."""
     if not (stream.buffer or stream.receive_more(deadline)):
         raise ClientGoneError(0)
-    if not stream.buffer.startswith(b"\x16"):  # what a handshake begins with
+    if not stream.buffer.startswith(b"\x16"):  # the type of a handshake record (RFC 8446 §5.1)
         raise HTTPError(400, "plain HTTP on a port with TLS: the address begins with https")
     records, stream.buffer = stream.buffer, b""
     session, began = TLSSocket(context, stream.sock, records), time.monotonic()
@@ -2386,23 +2386,23 @@ class TLSSocket:
         self.incoming.write(records)
         self.session = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
         self.unsent = b""  # records that the kernel has not taken yet
-        self.encrypted = self.pushed = 0  # the bytes of data they hold, and how many bytes of records it has taken
+        self.encrypted = self.pushed = 0  # bytes: data that `send` has not reported yet; records that the kernel took
 
     def __getattr__(self, name: str) -> Any:
-        """All else is that of the socket."""
+        """Return any other attribute of the socket."""
         return getattr(self.sock, name)
 
     def shake_hands(self) -> None:
-        """Go on with the handshake to its end; BlockingIOError if that does not come within a second."""
+        """Continue the handshake to its end; BlockingIOError if it has not ended within a second."""
         self.attempt(self.session.do_handshake)
 
     def attempt(self, step: Callable[[], Any]) -> Any:
-        """Return what a step of the session returns, once it has the records that it wants."""
-        until = time.monotonic() + TICK  # also for a client that sends one record byte by byte
+        """Repeat a step of the session until it has its records; return its result, BlockingIOError after a second."""
+        until = time.monotonic() + TICK  # else a record that comes byte by byte would extend the wait
         while True:
             try:
                 return step()
-            except self.want_read:  # a part of a record
+            except self.want_read:  # the record is incomplete
                 if time.monotonic() >= until:
                     raise BlockingIOError from None
             finally:
@@ -2411,7 +2411,7 @@ class TLSSocket:
             self.fill()
 
     def fill(self) -> None:
-        """Receive records; an end that was not told by close_notify is a cut."""
+        """Receive records; ConnectionResetError at an end without close_notify, maybe a truncation (RFC 8446 §6.1)."""
         if not (records := self.sock.recv(RECEIVE_SIZE)):
             raise ConnectionResetError("the client has closed without close_notify")
         self.incoming.write(records)
@@ -2428,13 +2428,13 @@ class TLSSocket:
     def recv(self, size: int, flags: int = 0) -> bytes:
         """Receive data, as recv(2) does; b"" after close_notify."""
         if self.is_ended:
-            return self.sock.recv(size, flags)  # to be dropped
+            return self.sock.recv(size, flags)  # records, which `Stream.linger` drops
         if not (self.incoming.pending or self.session.pending()):
             self.fill()
         return bytes(self.attempt(partial(self.session.read, size)))
 
     def send(self, data: Any, flags: int = 0) -> int:
-        """Send all the data, or BlockingIOError: then the next call must begin with the same data."""
+        """Send all the data; return its size. After BlockingIOError, the next call must begin with the same data."""
         self.encrypted = self.encrypted or self.session.write(data)
         self.push(flags)
         sent, self.encrypted, self.pushed = self.encrypted, 0, 0
@@ -2445,7 +2445,7 @@ class TLSSocket:
         return self.send(b"".join(blocks), flags)
 
     def shutdown(self, how: int) -> None:
-        """End our side, which close_notify tells the client; what still comes is not decrypted any more."""
+        """End our side and tell the client by close_notify; what it still sends is not decrypted."""
         self.is_ended = True
         with suppress(OSError):  # the client's own close_notify is not waited for
             self.session.unwrap()
@@ -2480,9 +2480,8 @@ def write_name(name: Any) -> str:
 
 
 # ---- 17. Proxies ------------------------------------------------------------
-# What lies between a connection and the application besides TLS: what a proxy in front tells of its client. It is
-# believed only from an address of --forwarded-allow-ips, for anybody can send it. The PROXY protocol is that of
-# haproxy, versions 1 and 2 (proxy-protocol.txt).
+# What a proxy in front tells of its client, in X-Forwarded-* fields or by the PROXY protocol of haproxy, versions 1 and
+# 2 (proxy-protocol.txt). Any client can send either, so both are believed only from peers in --forwarded-allow-ips.
 
 DEFAULT_PORTS = {"http": "80", "https": "443"}
 FORWARDED = ["HTTP_X_FORWARDED_" + name for name in ("FOR", "PROTO", "HOST", "PORT", "PREFIX")]
@@ -2500,10 +2499,10 @@ MAX_PROXY_LINE = 107  # bytes of a header of version 1, its CRLF included
 
 
 class Transport:
-    """Owns what lies between a connection and the application: the PROXY protocol, TLS, proxies that are believed."""
+    """Owns what lies between a connection and the application: the PROXY protocol, TLS, X-Forwarded-* fields."""
 
     def __init__(self, options: Options) -> None:
-        """StartError if an option or a file is wrong."""
+        """Read the files that the options name; StartError if an option or a file is wrong."""
         if options.proxy_protocol and not options.forwarded_allow_ips:
             raise StartError("--proxy-protocol needs --forwarded-allow-ips: name the peers that send the header", 2)
         self.trust = Trust(options.forwarded_allow_ips) if options.forwarded_allow_ips else None
@@ -2515,10 +2514,10 @@ class Transport:
         return bool(self.context or self.is_proxied)
 
     def wrap(self, application: Application) -> Application:
-        """Return the application as it is seen from behind the proxies, at the path where it is mounted."""
+        """Return the application, wrapped if proxies are believed or if it is mounted under --script-name."""
 
         def wrapped(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-            """Call the application with what the proxy tells of its client, and the path below SCRIPT_NAME."""
+            """Set what a proxy tells of its client and the path below SCRIPT_NAME, then call the application."""
             if self.trust:
                 believe_proxy(environ, self.trust)
             if self.path:
@@ -2530,7 +2529,7 @@ class Transport:
         return wrapped if self.trust or self.path else application
 
     def open(self, stream: Stream, shared: Environ, deadline: float | None) -> None:
-        """Receive what precedes HTTP, by the deadline, and note in the environ what it tells."""
+        """Receive what precedes HTTP, by the deadline; note what it tells in the environ that all requests share."""
         stream.preface, slot = None, stream.slot
         until = deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout)
         if self.is_proxied and self.trust and not slot.memo and self.trust.covers_peer(shared["REMOTE_ADDR"]):
@@ -2565,14 +2564,14 @@ class Trust:
         return self.covers(address.partition("%")[0])  # without the zone of a peer on the same link
 
     def covers(self, address: str) -> bool:
-        """Return whether the address is in the list; ValueError if it is none."""
+        """Return whether the address is in the list; ValueError if it is not an IP address."""
         parsed = parse_ip(address)
         return any(parsed in network for network in self.networks)
 
     def find_client(self, hops: str) -> str:
-        """Return the client in X-Forwarded-For: the first from the right that is not in the list, else the leftmost."""
+        """Return the client in X-Forwarded-For: the first hop from the right that is not listed, else the leftmost."""
         client = ""
-        for hop in reversed(hops.split(",")):  # what stands left of the client may be anybody's invention
+        for hop in reversed(hops.split(",")):  # the client can forge all that stands left of its address
             match = HOP.fullmatch(hop.strip(" \t"))
             try:
                 client = str(parse_ip(match[match.lastindex or 0] if match else ""))
@@ -2585,7 +2584,7 @@ class Trust:
 
 @lru_cache(maxsize=256)
 def parse_ip(address: Any) -> Any:
-    """Return the IP address in this text or these bytes; of one that IPv6 has mapped, the IPv4 address; ValueError."""
+    """Return the IP address in a text or in bytes, an IPv4-mapped one as IPv4 (RFC 4291 §2.5.5.2); ValueError."""
     import ipaddress
 
     parsed = ipaddress.ip_address(address)
@@ -2593,7 +2592,7 @@ def parse_ip(address: Any) -> Any:
 
 
 def believe_proxy(environ: Environ, trust: Trust) -> None:
-    """Set what a proxy tells of its client, or drop it if the peer is not to be believed; HTTPError if it is wrong."""
+    """Set what a proxy tells of its client, or drop it if the peer is not believed; HTTPError if a field is invalid."""
     if not trust.covers_peer(environ["REMOTE_ADDR"]):
         for name in (*FORWARDED, "HTTP_FORWARDED"):
             environ.pop(name, None)
@@ -2614,7 +2613,7 @@ def believe_proxy(environ: Environ, trust: Trust) -> None:
 
 
 def find_authority(environ: Environ, host: str | None, port: str | None) -> tuple[str, str]:
-    """Return the host and the port that the client has asked for."""
+    """Return the Host, and the port, that the client has asked the proxy for; HTTPError if one is invalid."""
     own = environ.get("HTTP_HOST") or ("[%s]" if ":" in environ["SERVER_NAME"] else "%s") % environ["SERVER_NAME"]
     authority = host if host is not None else str(own)
     check_host(authority.encode("latin-1"), "an invalid X-Forwarded-Host")
@@ -2628,7 +2627,7 @@ def find_authority(environ: Environ, host: str | None, port: str | None) -> tupl
 
 
 def read_proxy_header(stream: Stream, deadline: float) -> str:
-    """Read the PROXY header of a connection; return what is noted of it."""
+    """Read the PROXY header of a connection; return its client, "-" for none; HTTPError."""
     while not (stream.buffer and (found := parse_proxy_header(stream.buffer))):
         stream.receive_by(deadline, "PROXY header")
     stream.buffer = stream.buffer[found[0] :]
@@ -2636,10 +2635,7 @@ def read_proxy_header(stream: Stream, deadline: float) -> str:
 
 
 def parse_proxy_header(data: bytes) -> tuple[int, str] | None:
-    """Return the length of a PROXY header and the address and port in it, "-" if it has none; None if more must come.
-
-    HTTPError if it is no such header.
-    """
+    """Return the length of a PROXY header and its client, "-" for none; None if it is incomplete; HTTPError."""
     if not data.startswith(b"P"):
         return parse_binary_proxy_header(data)
     end = data.find(b"\n", 0, MAX_PROXY_LINE) + 1
@@ -2651,7 +2647,7 @@ def parse_proxy_header(data: bytes) -> tuple[int, str] | None:
 
 
 def parse_binary_proxy_header(data: bytes) -> tuple[int, str] | None:
-    """Do so for version 2; what follows the addresses, for which its length has room, is skipped."""
+    """Return the same for a header of version 2; the extensions (TLVs) behind the addresses are skipped."""
     require(data[:12] == PROXY_SIGNATURE[: len(data)], 400, "no PROXY header")
     if len(data) < 16:
         return None
@@ -2660,14 +2656,14 @@ def parse_binary_proxy_header(data: bytes) -> tuple[int, str] | None:
     if len(data) < 16 + size:
         return None
     length = {0x11: 4, 0x21: 16}.get(kind, 0)
-    if command == 0x20 or not length:  # LOCAL, or an address that is none of TCP
+    if command == 0x20 or not length:  # LOCAL, or not TCP over IPv4 or IPv6
         return 16 + size, "-"
     require(size >= 2 * length + 4, 400, "a PROXY header that is too short")
     return 16 + size, note_client(data[16 : 16 + length], *struct.unpack_from(">H", data, 16 + 2 * length))
 
 
 def note_client(address: str | bytes, port: int) -> str:
-    """Return what is noted of the client that a PROXY header tells: address and port."""
+    """Return the address and the port of a client as one text; HTTPError if one is invalid."""
     with suppress(ValueError):
         if port < 65536:
             return "%s %d" % (parse_ip(address), port)
@@ -2675,14 +2671,14 @@ def note_client(address: str | bytes, port: int) -> str:
 
 
 # ---- 18. Surroundings -------------------------------------------------------
-# What the server takes from the system and tells it, and what is done once, so that no fork has to do it.
+# What depends on the system: descriptors, users, limits, exit handlers, the service manager, shared memory.
 
-OTHER_DESCRIPTORS = 64  # besides those of connections
-LIMITS: dict[str, int] = {}  # what a child's soft limits are: of descriptors, as before; of data, with what it inherits
+OTHER_DESCRIPTORS = 64  # that the parent needs besides those of connections
+LIMITS: dict[str, int] = {}  # soft limits of a child: of descriptors, as at the start; of data, with what it inherits
 
 
 class StartError(Exception):
-    """One sentence for the person at the command line, and the exit status: 2 for usage, else 1."""
+    """The server cannot start: one sentence that tells the user why, and the exit status, 2 for usage, else 1."""
 
     def __init__(self, sentence: str, status: int = 1) -> None:
         super().__init__(sentence)
@@ -2690,25 +2686,25 @@ class StartError(Exception):
 
 
 def open_standard_files() -> None:
-    """See that descriptors 0 to 2 are open: else a connection would get one of them, and with it what is logged."""
+    """Open descriptors 0 to 2 if they are closed: else a connection would get one, and its client the log lines."""
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(fd, True)
     os.close(fd)
     sys.stderr = sys.stderr or io.TextIOWrapper(io.FileIO(2, "w", closefd=False), line_buffering=True)
-    faulthandler.enable(2)  # the Python stack of a segfault
+    faulthandler.enable(2)  # a segfault then prints the Python stack
 
 
 def become_child() -> None:
-    """In a new child: take back what is only the parent's."""
-    atexit._clear()  # exit handlers run in the process that has registered them; there is no public way
+    """Drop the parent's exit handlers in a new child, and set a child's limits and OOM score."""
+    atexit._clear()  # exit handlers are for the process that has registered them; no public function clears them
     weakref = sys.modules.get("weakref")
-    if weakref and weakref.finalize._registered_with_atexit:  # it does so once, for all that come
+    if weakref and weakref.finalize._registered_with_atexit:  # it registers only once: new finalizers would not run
         for finalizer in list(weakref.finalize._registry):
             finalizer.atexit = False
         atexit.register(weakref.finalize._exitfunc)
     for name in LIMITS:
         set_limit(name)
-    try:  # the OOM killer takes the largest, which is the parent: a child counts as half of all memory more (proc(5))
+    try:  # the OOM killer takes the largest process, the parent: 500 adds half of all memory to a child (proc(5))
         fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
         os.write(fd, b"500")
         os.close(fd)
@@ -2717,7 +2713,7 @@ def become_child() -> None:
 
 
 def drop_privileges(name: str) -> None:
-    """Become another user for good: supplementary groups, group, user, in the order that each step still may."""
+    """Become another user for good, its groups first: only root may set them (setuid(2), setgid(2)); StartError."""
     import grp
     import pwd
 
@@ -2725,11 +2721,11 @@ def drop_privileges(name: str) -> None:
     try:
         entry = pwd.getpwnam(user)
         uid, gid = entry.pw_uid, grp.getgrnam(group).gr_gid if group else entry.pw_gid
-        if (os.getuid(), os.geteuid(), os.getgid(), os.getegid()) != (uid, uid, gid, gid):  # else a reload: it is done
+        if (os.getuid(), os.geteuid(), os.getgid(), os.getegid()) != (uid, uid, gid, gid):  # equal after a reload
             os.initgroups(user, gid)
             os.setgid(gid)
             os.setuid(uid)
-            with suppress(Exception):  # not Linux; else /proc/self would not belong to the new user (proc(5))
+            with suppress(Exception):  # else root would own /proc/self (proc(5)); only Linux has prctl
                 import ctypes
 
                 ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE (prctl(2))
@@ -2740,20 +2736,20 @@ def drop_privileges(name: str) -> None:
 
 
 def raise_descriptor_limit(connections: int) -> int:
-    """Raise the soft limit for so many connections, as far as allowed; return how many may be held (getrlimit(2))."""
+    """Raise the soft limit for these connections, as far as allowed; return how many may be held (getrlimit(2))."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + OTHER_DESCRIPTORS
     if 0 <= soft < wanted:
         wanted = min(wanted, hard) if hard >= 0 else wanted
-        LIMITS["RLIMIT_NOFILE"] = soft  # an application may count on what the user has set
+        LIMITS["RLIMIT_NOFILE"] = soft  # children get it back: an application may rely on it
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     return max(wanted - OTHER_DESCRIPTORS, 1)
 
 
 def limit_memory(allowed: int) -> None:
-    """Have every child limited to so many bytes beyond what it inherits (getrlimit(2), RLIMIT_DATA); StartError."""
+    """Note a child's limit: the bytes allowed beyond what it inherits (getrlimit(2), RLIMIT_DATA); StartError."""
     try:
         with open("/proc/self/status", "rb") as file:
             inherited = int(re.findall(rb"VmData:\s*(\d+) kB", file.read())[0]) * 1024
@@ -2763,7 +2759,7 @@ def limit_memory(allowed: int) -> None:
 
 
 def set_limit(name: str) -> None:
-    """Set a soft limit to what a child has, or to the hard limit if that is lower."""
+    """Set a soft limit to its value in LIMITS, if there is one, or to the hard limit if that is lower."""
     if name in LIMITS:
         import resource
 
@@ -2773,26 +2769,26 @@ def set_limit(name: str) -> None:
 
 
 def run_exit_handlers() -> None:
-    """Run what was registered in this process: by atexit, weakref.finalize (temporary folders) and multiprocessing."""
+    """Run the handlers of atexit and weakref.finalize (temporary folders); end daemon processes of multiprocessing."""
     try:
         atexit._run_exitfuncs()
     except (Exception, SystemExit):
-        pass  # it has printed the traceback
+        pass  # atexit has printed the traceback
     multiprocessing = sys.modules.get("multiprocessing.process")
     for process in multiprocessing.active_children() if multiprocessing else ():
-        with suppress(AssertionError):  # is_alive says so of a child of the parent
+        with suppress(AssertionError):  # is_alive raises it for a process that the parent has started
             if process.is_alive() and process.daemon:
                 process.terminate()
                 process.join()
 
 
 def notify(state: str) -> None:
-    """Tell the service manager that started us, if it asked to be told (sd_notify(3))."""
+    """Tell the service manager a state, if it has set NOTIFY_SOCKET (sd_notify(3))."""
     if path := os.environ.get("NOTIFY_SOCKET", ""):
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.setblocking(False)  # it may not be listening any more
-                message = "%s\nMONOTONIC_USEC=%d" % (state, time.monotonic() * 1e6)  # a reload must tell it
+                sock.setblocking(False)  # a manager that reads no more must not stop the server
+                message = "%s\nMONOTONIC_USEC=%d" % (state, time.monotonic() * 1e6)  # RELOADING=1 requires it
                 sock.sendto(message.encode(), "\0" + path[1:] if path[0] == "@" else path)
         except OSError as error:
             log_error("cannot notify %s: %s" % (path, error.strerror or error))
@@ -2815,26 +2811,26 @@ def make_shared_file(size: int) -> int:
 # What all processes inherit: an application that is loaded and warm, and nothing that a fork would double or lose.
 
 REHEARSAL = b"GET %s HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\nConnection: close\r\n\r\n"
-REHEARSALS = 12  # after so many the interpreter has specialised the code of a request
-OPENED = {  # by the application, while it was loaded: what a person should know
+REHEARSALS = 12  # requests, after which the interpreter has specialised the code that serves one (PEP 659)
+OPENED = {  # how a warning goes on: what the application has opened while it was loaded
     "connection": "has opened a connection to %s while it was loaded; all processes share it, and answers will be mixed"
     " up: open it in the request, or dispose of the pool after start-up",
     "thread": "has started threads, which no child will have (%s): start them in the request",
 }
-LEFT = {  # by a warm-up: why the server does not start
+LEFT = {  # how a StartError goes on: what a warm-up has left open
     "connection": "left a connection to %s open, which all processes would share: close it at the end of the request",
     "thread": "left a thread running, which no process would have (%s): end it with the request",
 }
 
 
 def load_service(load: Callable[[], Application], options: Options) -> partial[bool]:
-    """Load what serves a connection: certificates, then with no more privileges the application, warm. StartError."""
+    """Read certificates, drop privileges, load and warm up the application; return the service; StartError."""
     pid, transport = os.getpid(), Transport(options)
     if options.user and not options.check:
         drop_privileges(options.user)
     try:
         application = transport.wrap(load())
-        if not options.no_fork:  # else its process serves to the end
+        if not options.no_fork:  # else no process inherits what was opened
             for kind, _, name in sorted(find_opened()):
                 log_error("the application " + OPENED[kind] % name)
             for target in options.warm_up:
@@ -2842,7 +2838,6 @@ def load_service(load: Callable[[], Application], options: Options) -> partial[b
     finally:
         if pid != os.getpid():
             exit_child(0)  # a process that the application has forked
-    # Without anything that precedes HTTP, no child has to find that out anew.
     return partial(serve_connection, application, options, transport=transport if transport.has_preface() else None)
 
 
@@ -2871,7 +2866,7 @@ def warm_up(application: Application, options: Options, target: str) -> None:
 
 
 def end_warm_up(deadline: float, *_: Any) -> None:
-    """Interrupt a warm-up that takes too long; end the process if that takes no notice."""
+    """Interrupt a warm-up that takes too long; end the process if it still runs at the deadline."""
     if time.monotonic() < deadline:
         raise Overdue
     write_line(2, "webserver.py: the warm-up takes too long and cannot be interrupted")
@@ -2879,44 +2874,44 @@ def end_warm_up(deadline: float, *_: Any) -> None:
 
 
 class WarmUpSocket:
-    """Owns the request of a warm-up and what became of it, and stands in for a socket of any capacity."""
+    """Owns the request of a warm-up and the status of its response. It has the methods of a socket that are used."""
 
     def __init__(self, request: bytes) -> None:
         self.request, self.status, self.has_failed = request, 0, False
 
     def recv(self, *_: int) -> bytes:
-        """Give the request, and then the end: it is waited for only behind an answer that tells an error."""
+        """Return the request, then b"": only `Stream.linger` calls again, behind the answer to an error."""
         request, self.request, self.has_failed = self.request, b"", not self.request
         return request
 
     def sendmsg(self, blocks: Sequence[bytes], *_: Any) -> int:
-        """Take the blocks, and drop all but the status."""
+        """Drop the blocks, but note the status; return their size."""
         self.status = self.status or int(bytes(blocks[0][9:12]))
         return sum(map(len, blocks))
 
     def send(self, data: bytes, *_: int) -> int:
-        """Take the data."""
+        """Drop the data likewise."""
         return self.sendmsg((data,))
 
     def close(self, *_: Any) -> None:
-        """Close, shut down, set and tell nothing."""
+        """Do nothing: there is no connection."""
 
     shutdown = setsockopt = getsockname = close
 
 
 def find_opened() -> set[tuple[str, int, str]]:
-    """Return the connections to a named peer and the threads of this process: the kind, the number and the name."""
+    """Return kind, number and name of each connection to a named peer and of each thread but the main one."""
     opened, timeout = set(), socket.getdefaulttimeout()
-    socket.setdefaulttimeout(None)  # it would change sockets that are only looked at
+    socket.setdefaulttimeout(None)  # socket.socket would set it for sockets that are only looked at
     with suppress(OSError):  # there is no /dev/fd
         for fd in map(int, os.listdir("/dev/fd")):
-            with suppress(OSError):  # it is no socket, or has no peer
+            with suppress(OSError):  # not a socket, or one without a peer
                 sock = socket.socket(fileno=fd)
                 try:
                     peer, is_log = sock.getpeername(), (sock.family, sock.type) == (socket.AF_UNIX, socket.SOCK_DGRAM)
                 finally:
                     sock.detach()
-                if fd > 2 and peer and not is_log:  # a log may be shared: syslog's, or systemd's at stderr
+                if fd > 2 and peer and not is_log:  # processes may share a log: of syslog, or of systemd at stderr
                     opened.add(("connection", fd, describe_peer(peer)))
     socket.setdefaulttimeout(timeout)
     if threading := sys.modules.get("threading"):
@@ -2933,7 +2928,7 @@ def describe_peer(peer: Any) -> str:
 
 
 def rehearse() -> None:
-    """Serve the built-in page to ourselves: what the interpreter learns, all children inherit (5 % fewer faults)."""
+    """Serve the built-in page to ourselves: children inherit what the interpreter learns (5 % fewer page faults)."""
     options, slot = Options(access_log="off"), Slot(Scoreboard(1))
     for _ in range(REHEARSALS):
         client, server = socket.socketpair()
@@ -2944,7 +2939,7 @@ def rehearse() -> None:
 
 
 def prepare_to_fork(options: Options) -> None:
-    """Leave nothing behind that a fork would double, lose or copy for no use."""
+    """Note the memory limit, flush what a fork would double, and freeze what a child would copy for no use."""
     if options.limit_memory:
         limit_memory(options.limit_memory)
     flush_output()  # else each child would flush a copy
@@ -2953,7 +2948,7 @@ def prepare_to_fork(options: Options) -> None:
 
 
 # ---- 20. Application --------------------------------------------------------
-# A name -> a callable; and the application that is served when none is named.
+# The name of an application -> a callable; and the application that is served when none is named.
 
 HAS_VARARGS, IS_ASYNC = 0x04, 0x80 | 0x200  # inspect.CO_VARARGS; CO_COROUTINE, CO_ASYNC_GENERATOR
 PAGE = """<!DOCTYPE html>
@@ -2975,7 +2970,7 @@ dl { display: grid; grid-template-columns: minmax(17rem, max-content) 1fr; margi
 dt, dd { border-top: 1px solid var(--line); padding: .1rem 0 } dt { padding-right: 1.5rem; opacity: .7 }
 @media (max-width: 40rem) { dl { grid-template-columns: 1fr } dd { border: 0; padding-left: 1rem } }
 """
-GROUPS = (  # of what is in an environ, in the order of the page: a title, and how the keys begin
+GROUPS = (  # of the keys in an environ, in the order of the page: a title, and how the keys begin
     ("Request", ("REQUEST_", "SCRIPT_", "PATH_", "QUERY_", "CONTENT_", "REMOTE_", "SERVER_PROTOCOL")),
     ("Fields", ("HTTP_",)), ("WSGI", ("wsgi.",)), ("Server", ("",)),
 )  # fmt: skip
@@ -3007,7 +3002,7 @@ def load_application(name: str) -> Application:
 
 
 def describe_missing_module(name: str, colon: str) -> str:
-    """Return a sentence that says what may be wrong."""
+    """Return a sentence that says why the module may be missing; without a colon, its last part may be an attribute."""
     package, _, attribute = name.rpartition(".")
     hint = "looked in %s and the installed ones" % os.getcwd()
     if package and not colon:
@@ -3018,7 +3013,7 @@ def describe_missing_module(name: str, colon: str) -> str:
 
 
 def find_application(module: Any, path: str) -> Any:
-    """Return what the dotted path leads to; with `()` at its end, what that returns."""
+    """Return the object at a dotted path in a module; with `()` at its end, what a call of it returns; StartError."""
     found = module
     for attribute in (path[:-2] if path.endswith("()") else path).split("."):
         if not hasattr(found, attribute):
@@ -3034,7 +3029,7 @@ def find_application(module: Any, path: str) -> Any:
 
 
 def check_application(found: Any, name: str) -> Application:
-    """Return what was found, if it can be called as PEP 3333 demands; StartError says what to do about it."""
+    """Return the object if it can be called as PEP 3333 demands; else StartError says what to do."""
     code = getattr(find_function(found), "__code__", None)
     if code and code.co_flags & IS_ASYNC:
         raise StartError("%s is an ASGI application: it needs an ASGI server, such as uvicorn; this speaks WSGI" % name)
@@ -3048,8 +3043,8 @@ def check_application(found: Any, name: str) -> Application:
 
 
 def accepts(found: Any, count: int) -> bool:
-    """Return whether a callable takes so many arguments, as far as that is known: what is written in C says nothing."""
-    function = find_function(found)  # `inspect` would tell it, too, but every fork would copy that
+    """Return whether a callable takes this number of arguments; True for a callable in C, which does not tell."""
+    function = find_function(found)  # `inspect` could tell, but each fork would copy that module
     if not (code := getattr(function, "__code__", None)):
         return True
     most = code.co_argcount - hasattr(function, "__self__")
@@ -3059,20 +3054,20 @@ def accepts(found: Any, count: int) -> bool:
 
 
 def find_function(found: Any) -> Any:
-    """Return the function or method that is called when an object is."""
+    """Return the function or method that a call of the object runs."""
     if issubclass(type(found), type):
         return types.MethodType(found.__init__, found)
     return found if isinstance(found, (types.FunctionType, types.MethodType)) else found.__call__
 
 
 def list_callables(module: Any) -> str:
-    """Return the names of the module that could be meant."""
+    """Return the public callables of a module, as a part of a sentence."""
     found = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
     return "these callables: " + ", ".join(found[:12]) if found else "no callables"
 
 
 def show_environ(environ: Environ, start_response: StartResponse) -> list[bytes]:
-    """The application that is served when none is named: who answered, and what an application sees."""
+    """Show the process that answers and the environ: the application that is served when none is named."""
     if environ["PATH_INFO"] == "/favicon.ico":
         start_response("404 Not Found", [])
         return []
@@ -3086,7 +3081,7 @@ def show_environ(environ: Environ, start_response: StartResponse) -> list[bytes]
 
 
 def make_page(facts: str, rows: list[tuple[str, str]], start_response: StartResponse) -> bytes:
-    """Return this for people, under a policy that allows the page nothing but its own style sheet."""
+    """Return the same as an HTML page; its Content-Security-Policy allows its own style sheet and nothing else."""
     from base64 import b64encode
     from hashlib import sha256
     from html import escape as escape_html
@@ -3104,8 +3099,8 @@ def make_page(facts: str, rows: list[tuple[str, str]], start_response: StartResp
 
 
 # ---- 21. Command line -------------------------------------------------------
-# Words -> options, an application and a listening socket. Every mistake of the user is one sentence that says what to
-# do; only a fault inside the user's own module shows a traceback, and only the user's part of it.
+# Words -> options, an application and a listening socket. A mistake of the user is answered by one sentence that says
+# what to do. Only an error inside the user's module shows a traceback, and only the user's part of it.
 
 USAGE = """webserver.py [options] [module:app | module:factory()]
 
@@ -3142,7 +3137,7 @@ def parse_command_line(words: list[str]) -> tuple[str, Options]:
     """Return the name of the application, "" if there is none, and the options; exit with 2 on a mistake."""
     parser = argparse.ArgumentParser(
         prog="webserver.py", usage=argparse.SUPPRESS, allow_abbrev=False, description=USAGE, epilog=ENVIRONMENT,
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=80),  # else it imports shutil
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=80),  # without a width it imports shutil
     )  # fmt: skip
     parser.add_argument("application", nargs="?", default="", help=argparse.SUPPRESS)
     for name, default, (metavar, text, _, short) in zip(Options._fields, Options(), OPTIONS):
@@ -3159,7 +3154,7 @@ def parse_command_line(words: list[str]) -> tuple[str, Options]:
     parser.add_argument("--version", action="version", version=PRODUCT)
     found, unknown = parser.parse_known_args(words)
     if unknown:
-        word = min(unknown, key=lambda word: word[:1] != "-")  # an option before what may be its value
+        word = min(unknown, key=lambda word: word[:1] != "-")  # the first option; another word may be its value
         name, foreign = word.partition("=")[0], {f: text for flags, text in FOREIGN_OPTIONS for f in flags.split()}
         advice = foreign.get(name) or foreign.get(word[:2])  # as in -w4
         parser.error("%s: %s" % (name, advice) if advice else "%s is unknown: see --help" % name)
@@ -3168,7 +3163,7 @@ def parse_command_line(words: list[str]) -> tuple[str, Options]:
 
 
 def read_environment() -> list[str]:
-    """Return the words of WEBSERVER_OPTIONS, as a shell would split them; those of the command line come behind."""
+    """Return the words of WEBSERVER_OPTIONS, split as a shell does; StartError if a quote is left open."""
     import shlex
 
     try:
@@ -3178,7 +3173,7 @@ def read_environment() -> list[str]:
 
 
 def parse_size(text: str) -> int:
-    """Return a number of bytes, which may end in K, M or G."""
+    """Return the number of bytes in a text such as 512K; K, M and G are powers of 1024."""
     match = re.fullmatch("([0-9]+)([KMG]?)", text, re.IGNORECASE)
     if not match:
         raise argparse.ArgumentTypeError("%r is not a size such as 1048576, 512K, 100M or 1G" % text)
@@ -3186,7 +3181,7 @@ def parse_size(text: str) -> int:
 
 
 def check_options(options: Options) -> Options:
-    """Return the options with what follows from the environment; StartError if one is not allowed."""
+    """Return the options, with PORT, FORWARDED_ALLOW_IPS and SCRIPT_NAME for those not set; StartError."""
     for name, value, (_, _, allowed, _) in zip(Options._fields, options, OPTIONS):
         is_word = isinstance(value, str)
         if allowed and not (value in allowed if is_word else allowed[0] <= value <= allowed[1]):
@@ -3217,7 +3212,7 @@ def serve(application: Application, **options: Any) -> None:
 
 
 def start(load: Callable[[], Application], options: Options) -> None:
-    """Bind, load, and serve."""
+    """Check the options, bind, load the application, and serve; StartError."""
     # Step 1: what needs no socket.
     options = check_options(options)
     open_standard_files()
@@ -3240,7 +3235,7 @@ def start(load: Callable[[], Application], options: Options) -> None:
     for sock in (listener.sock, mailbox.receiver, mailbox.sender):
         held.callback(sock.close)
     try:
-        # Step 3: what serves, and the loop. Signals end the process until it is loaded.
+        # Step 3: the application, and the loop. Until the application is loaded, a signal to stop ends the process.
         service = load_guarded(partial(load_service, load, options), signals, kept)
         run(service, options, listener, mailbox, signals, held, kept)
     finally:
@@ -3250,9 +3245,9 @@ def start(load: Callable[[], Application], options: Options) -> None:
 
 
 def load_guarded(load: Callable[[], partial[bool]], signals: Signals, kept: list[int]) -> partial[bool]:
-    """Return what is loaded; meanwhile a signal to stop ends the process, also as PID 1. StartError.
+    """Return the loaded service; meanwhile a signal to stop ends the process, even PID 1; StartError.
 
-    What fails in a reload, although it was checked before, is tried again.
+    A reload raises none: if the load fails although the check has passed, the program is started again.
     """
     signals.receiver = partial(end_loading, signals.pending, bool(kept))
     signals.catch(*(SIGNALS if kept else (signal.SIGTERM, signal.SIGALRM)))
@@ -3273,9 +3268,9 @@ def run(
     service: Service, options: Options, listener: Listener, mailbox: Channel, signals: Signals, held: ExitStack,
     kept: list[int],
 ) -> None:  # fmt: skip
-    """Serve with children, or without, until the server was stopped."""
+    """Serve with children, or without, until a signal stops the server."""
     signals.receiver = signals.pending.append
-    left = (signal.SIGINT, signal.SIGHUP) if options.no_fork else ()  # to the debugger, and to end with the terminal
+    left = (signal.SIGINT, signal.SIGHUP) if options.no_fork else ()  # for the debugger, and to end with the terminal
     signals.catch(*(signum for signum in SIGNALS if signum not in left))
     size = 8 + options.max_children * SLOT_SIZE
     board = Scoreboard(1) if options.no_fork else Scoreboard(0, kept[0] if kept else make_shared_file(size))
@@ -3284,7 +3279,7 @@ def run(
         held.callback(give_up)
     if board.fd >= 0:
         held.callback(os.close, board.fd)
-    if kept:  # what was at rest before the reload
+    if kept:  # connections that no child had at the reload
         with socket.socket(fileno=kept[4]) as receiver, socket.socket(fileno=kept[5]) as sender:
             rest = Channel(receiver, sender)
             with suppress(BlockingIOError):
@@ -3303,7 +3298,7 @@ def run(
 
 
 def exit_at_once(status: int) -> NoReturn:
-    """End the process, but wait for no thread that the application has started: it may run for ever."""
+    """End the process without a wait for the threads of the application, which may run for ever."""
     run_exit_handlers()
     flush_output()
     os._exit(status)
