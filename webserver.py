@@ -125,7 +125,6 @@ LINGER_SILENCE = 2.0  # the longest silence of the client within that time
 RECEIVE_SIZE = 65536  # one recv
 JOIN_SIZE = 16384  # a block up to this size is copied behind its head, which is cheaper than sendmsg
 FILE_BLOCK_SIZE = 1 << 18  # one read of a file
-PLAIN_FILES = [(kind, io.FileIO) for kind in (io.FileIO, io.BufferedReader, io.BufferedRandom)]  # with their `raw`
 UNBOUNDED = float("inf")  # a length that is unknown when the head is sent; no deadline
 REASONS = {
     400: "Bad Request", 404: "Not Found", 408: "Request Timeout", 413: "Content Too Large", 414: "URI Too Long",
@@ -138,8 +137,16 @@ class HTTPError(Exception):
     """The request ends in an error. Arguments: the status code, and a detail for the client and the log."""
 
 
+class StartError(Exception):
+    """The server cannot start: one sentence that tells the user why, and the exit status, 2 for usage, else 1."""
+
+    def __init__(self, sentence: str, status: int = 1) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
 class ClientGoneError(Exception):
-    """The client has closed, was cut off or does not read: no answer can reach it. Argument: bytes sent, at least."""
+    """The client has closed, was cut off or does not read: no answer can reach it. Argument: the bytes sent before."""
 
 
 class ClientSilentError(Exception):
@@ -286,35 +293,37 @@ class Stream:
         """Send all the parts, and join them if the kernel takes only some; ClientGoneError if the client has gone."""
         sent, size = 0, len(data) + sum(map(len, more)) if more else len(data)
         try:
-            try:
-                sent = self.sock.sendmsg((data, *more), (), DONT_WAIT) if more else self.sock.send(data, DONT_WAIT)
-            except BlockingIOError:
-                pass  # the kernel takes nothing now
-            if sent < size:
-                self.send_rest(memoryview(b"".join((data, *more)))[sent:])
+            sent = self.sock.sendmsg((data, *more), (), DONT_WAIT) if more else self.sock.send(data, DONT_WAIT)
+        except BlockingIOError:
+            pass  # the kernel takes nothing now
+        except OSError as error:
+            raise ClientGoneError(0) from error
+        if sent < size:
+            self.send_rest(memoryview(b"".join((data, *more))), sent)
+
+    def send_rest(self, data: memoryview, sent: int) -> None:
+        """Send the data from this byte on; ClientGoneError if the client has gone, takes nothing, or too little."""
+        # The acknowledged bytes tell what the client takes (SIOCOUTQ, tcp(7)). send(2) does not: it blocks until a
+        # third of a large buffer is free, which takes a slow client more than a second.
+        owed, deadline = count_unacknowledged(self.sock), time.monotonic() + self.timeout
+        self.pace = pace = self.pace or Pace()
+        try:
+            while sent < len(data):
+                began, taken_before = self.slot.mark_silent(), sent - owed
+                with suppress(BlockingIOError):
+                    sent += self.sock.send(data[sent:])
+                owed = count_unacknowledged(self.sock)
+                taken, now = sent - owed - taken_before, self.slot.mark_progress()
+                if taken > 0:
+                    deadline = now + self.timeout
+                elif now >= deadline:
+                    raise ClientSilentError
+                pace.add(now - began, taken, self.slot.is_told(PRESSED))
         except ClientSilentError as error:
             self.reset_on_close(True)  # else the kernel would hold for minutes what the client has not taken
             raise ClientGoneError(sent) from error
         except OSError as error:
             raise ClientGoneError(sent) from error
-
-    def send_rest(self, rest: memoryview) -> None:
-        """Send the rest, as long as the client goes on taking; ClientSilentError if it takes nothing, or too little."""
-        # The acknowledged bytes tell what the client takes (SIOCOUTQ, tcp(7)). send(2) does not: it blocks until a
-        # third of a large buffer is free, which takes a slow client more than a second.
-        owed, deadline = count_unacknowledged(self.sock), time.monotonic() + self.timeout
-        self.pace = pace = self.pace or Pace()
-        while rest:
-            began, sent, owed_before = self.slot.mark_silent(), 0, owed
-            with suppress(BlockingIOError):
-                sent = self.sock.send(rest)
-            rest, owed = rest[sent:], count_unacknowledged(self.sock)
-            taken, now = sent + owed_before - owed, self.slot.mark_progress()
-            if taken > 0:
-                deadline = now + self.timeout
-            elif now >= deadline:
-                raise ClientSilentError
-            pace.add(now - began, taken, self.slot.is_told(PRESSED))
 
     def linger(self) -> None:
         """End our side, then drop what still comes: a close with unread bytes may lose the response (RFC 9112 §9.6)."""
@@ -407,6 +416,15 @@ def read_head(stream: Stream, deadline: float | None) -> bytes:
     return stream.previous_head
 
 
+def check_partial_head(data: bytes, checked: int) -> None:
+    """Refuse now, not at the deadline, bytes that cannot become a head; `checked` of them were checked before."""
+    require(not data.startswith(b"\x16\x03"), 400, "a TLS handshake on a port without TLS")
+    require(not BAD_HEAD_BYTE.search(data, max(checked - 1, 0)), 400, "a control byte or a bare CR or LF in the head")
+    is_short = len(data) < MAX_REQUEST_LINE + 4
+    require(is_short or b"\r\n" in data[2 : MAX_REQUEST_LINE + 4], 414, "a request-line that does not end")
+    require(len(data) <= MAX_HEAD, 431, "a head that does not end")
+
+
 def is_worth_reading(data: bytes, checked: int) -> bool:
     """Return whether the bytes begin with a whole head or cannot become one; `checked` of them were checked before."""
     end = data.find(b"\r\n\r\n", max(checked - 3, 0)) + 4
@@ -419,15 +437,6 @@ def is_worth_reading(data: bytes, checked: int) -> bool:
     except Exception:
         pass  # the process that reads the head meets the same error, and answers
     return True
-
-
-def check_partial_head(data: bytes, checked: int) -> None:
-    """Refuse now, not at the deadline, bytes that cannot become a head; `checked` of them were checked before."""
-    require(not data.startswith(b"\x16\x03"), 400, "a TLS handshake on a port without TLS")
-    require(not BAD_HEAD_BYTE.search(data, max(checked - 1, 0)), 400, "a control byte or a bare CR or LF in the head")
-    is_short = len(data) < MAX_REQUEST_LINE + 4
-    require(is_short or b"\r\n" in data[2 : MAX_REQUEST_LINE + 4], 414, "a request-line that does not end")
-    require(len(data) <= MAX_HEAD, 431, "a head that does not end")
 
 
 @lru_cache(maxsize=64)
@@ -688,6 +697,8 @@ def make_request_environ(request: Request) -> Environ:
 # The application's status, headers and blocks -> bytes (PEP 3333; RFC 9110 §6.4 and §8.6, RFC 9112 §6 and §7). One send
 # takes the head and the first block that is not empty, except for a file. The framing is decided just before.
 
+PLAIN_KINDS = [(kind, io.FileIO) for kind in (io.FileIO, io.BufferedReader, io.BufferedRandom)]  # with their `raw`
+
 
 def run_application(application: Application, environ: Environ, response: Response) -> None:
     """Call the application and send the blocks that it returns (PEP 3333, "Specification Details")."""
@@ -811,7 +822,7 @@ class Response:
         # The descriptor must hold the bytes that read() would return. That of a GzipFile does not, and that of a class
         # with a read() of its own may not. A file in /proc has no blocks and tells no size.
         kinds = type(file), type(getattr(file, "raw", file))
-        if self.framing or not self.head or kinds not in PLAIN_FILES or not file.readable():
+        if self.framing or not self.head or kinds not in PLAIN_KINDS or not file.readable():
             return False
         fd, status = file.fileno(), os.fstat(file.fileno())
         if not (stat.S_ISREG(status.st_mode) and status.st_blocks):
@@ -1330,7 +1341,7 @@ class Slot:
     """Owns one slot of the scoreboard, in which a serving process writes what it does."""
 
     def __init__(self, board: Scoreboard) -> None:
-        self.client, self.line, self.requests, self.look_at = b"", b"", 0, 0.0
+        self.client, self.line, self.requests, self.check_at = b"", b"", 0, 0.0
         self.memo = b""  # what a PROXY header has told of the connection in hand
         self.attach(board, 0, os.getpid())
 
@@ -1348,8 +1359,9 @@ class Slot:
         self.board.taken[self.index] += taken
 
     def mark_client(self, client: bytes) -> None:
-        """Note the client of the connection in hand; `mark_busy` writes it to the slot."""
+        """Note the client of the connection in hand."""
         self.client, self.line = client, b""
+        self.write(client, b"")
 
     def mark_silent(self) -> float:
         """Note that the child waits for the client; return the time."""
@@ -1374,7 +1386,7 @@ class Slot:
 
     def retire(self, deadline: float = UNBOUNDED) -> None:
         """Have this process leave after its connection, by this time at the latest."""
-        self.look_at = 0.0
+        self.check_at = 0.0
         self.leave_by[self.index] = min(self.leave_by[self.index] or deadline, deadline)
 
     def is_told(self, order: int) -> bool:
@@ -1383,8 +1395,8 @@ class Slot:
 
     def must_leave(self, now: float) -> bool:
         """Return whether this process must leave, because it was told so or because its parent is dead."""
-        if now > self.look_at:
-            self.look_at = now + TICK
+        if now > self.check_at:
+            self.check_at = now + TICK
             if os.getppid() != self.parent:
                 self.retire(now)
         return self.leave_by[self.index] != 0
@@ -1400,7 +1412,7 @@ class Slot:
     def may_wait(self) -> bool:
         """Note that a request is done, give way to a parent that must fork, return whether to wait for the next."""
         orders, now = self.orders[0], self.mark_silent()
-        if not orders and now <= self.look_at:  # what follows would cost 5 % after each request
+        if not orders and now <= self.check_at:  # what follows would cost 5 % after each request
             return True
         if orders & WANTED:
             give_way()  # the parent competes with all busy children, and a request waits for its fork
@@ -1418,6 +1430,7 @@ class Slot:
 
 Service = Callable[[socket.SocketType, Any, Slot, "float | None"], bool]
 DEADLINE, DESCRIPTOR = struct.Struct("d"), struct.Struct("i")
+IDLE_AFTER = 0.005  # seconds without a request until a new child rehearses: the processor is idle then
 BACK = b"back\n"  # behind it, a line with the memo of each descriptor that is given back
 MAX_DESCRIPTORS = 253  # in one message: SCM_MAX_FD of Linux
 RIGHTS = socket.SOL_SOCKET, socket.SCM_RIGHTS
@@ -1486,6 +1499,10 @@ class Child:
 
     def serve_connections(self) -> None:
         """Serve connections from the queue, up to --connections-per-child, or until this child is to leave."""
+        if not wait_readable(self.queue.receiver, IDLE_AFTER):
+            # A page that is shared with the parent is copied when it is written to: a third of the time to an answer.
+            with suppress(OSError, MemoryError):
+                rehearse(1)
         left = self.connections  # 0, no limit: it is negative from the first connection on
         while taken := self.receive_connection():
             self.serve(*taken)
@@ -1646,6 +1663,8 @@ class Reactor:
         """Accept connections from the kernel's queue; return False if there is no room, and pause until `expire`."""
         deadline, has_room = time.monotonic() + self.head_timeout, True
         for _ in range(ACCEPT_AT_ONCE):
+            if not (has_room := self.has_room()):
+                break
             try:
                 connection = Connection(self.listener.accept(), deadline)
             except (BlockingIOError, ConnectionAbortedError):
@@ -1654,19 +1673,22 @@ class Reactor:
                 log_throttled("cannot accept: %s" % error.strerror)
                 has_room = self.close_longest_at_rest()
                 break
-            has_room = self.make_room()
+            self.make_room()
             self.look_at(connection)
         if not has_room:
             with suppress(KeyError):  # it is not watched
                 self.selector.unregister(self.listener.sock)
         return has_room
 
-    def make_room(self) -> bool:
-        """Return whether one more connection may be held; if need be, close the connection longest at rest."""
-        if len(self.resting) + len(self.ready) < self.options.max_connections:
-            return True
-        log_throttled("%d connections are held (--max-connections)" % self.options.max_connections)
-        return self.close_longest_at_rest()
+    def has_room(self) -> bool:
+        """Return whether one more connection may be held, if need be in place of the one longest at rest."""
+        return bool(self.resting) or len(self.ready) < self.options.max_connections
+
+    def make_room(self) -> None:
+        """Close the connection longest at rest if no more may be held."""
+        if len(self.resting) + len(self.ready) >= self.options.max_connections:
+            log_throttled("%d connections are held (--max-connections)" % self.options.max_connections)
+            self.close_longest_at_rest()
 
     def close_longest_at_rest(self) -> bool:
         """Close the connection that has been at rest for the longest time; return whether there was one."""
@@ -1725,9 +1747,9 @@ class Reactor:
             while (received := self.mailbox.receive(DONT_WAIT))[1]:
                 self.hold(*received)
 
-    def hold(self, message: bytes, rights: bytes) -> None:
-        """Hold the connections that come with a message; their clients count as silent for a TICK already."""
-        deadline = time.monotonic() + max(self.options.keep_alive - TICK, 0.0)
+    def hold(self, message: bytes, rights: bytes, least: float = 0.0) -> None:
+        """Hold the connections that come with a message, their clients silent for a TICK, at least so many seconds."""
+        deadline = time.monotonic() + max(self.options.keep_alive - TICK, least)
         for (fd,), memo in zip(DESCRIPTOR.iter_unpack(rights), message.split(b"\n")[1:]):
             self.make_room()
             self.rest(Connection(socket.SocketType(self.listener.family, STREAM, 0, fd), deadline, memo))
@@ -1844,7 +1866,7 @@ class Queue:
     def __init__(self, channel: Channel, board: Scoreboard) -> None:
         self.channel, self.board = channel, board
         self.put_in = 0  # requests, since the start of this program
-        self.taken_by_dead = -sum(board.taken)  # of these, by children that were reaped; less those before a reload
+        self.taken_before = -sum(board.taken)  # of these, by children that were reaped; less those before a reload
         self.fair_at = 0.0  # when the requests that wait are sorted again
         self.least_spare = self.uncounted = 0  # the fewest since the last TICK; requests not counted as taken
         self.idle: set[int] = set()  # slots of children that waited at the last TICK beside a request in the queue
@@ -1873,7 +1895,7 @@ class Queue:
 
     def count_taken(self) -> int:
         """Return how many requests the children have taken out."""
-        return self.taken_by_dead + sum(self.board.taken[: self.board.used])
+        return self.taken_before + sum(self.board.taken[: self.board.used])
 
     def count_spare(self) -> int:
         """Return how many more children wait than the queue has requests; below 0, so many children are missing."""
@@ -1892,7 +1914,7 @@ class Queue:
             return
         self.idle = set()
         uncounted = self.put_in - self.count_taken()  # taken just now, or by a child that died before it counted
-        self.taken_by_dead += min(uncounted, self.uncounted)
+        self.taken_before += min(uncounted, self.uncounted)
         self.uncounted = uncounted
         with suppress(OSError):
             for _ in range(self.least_spare - 1):
@@ -2017,7 +2039,7 @@ class Parent:
                     self.record_exit(*ended)
                 else:
                     self.reload.end_check(*ended[:2])
-        if self.stop_at or self.reload.is_due:
+        if self.stop_at or self.reload.has_passed:
             self.tick_at = 0.0
 
     def record_exit(self, pid: int, status: int, usage: Any) -> None:
@@ -2034,7 +2056,7 @@ class Parent:
         self.fork_pause = min(2 * self.fork_pause + FORK_DELAY, TICK) if self.board.waiting[slot] else 0.0
         self.fork_again_at = time.monotonic() + self.fork_pause
         self.fork_at = 0.0  # it was spare, or has made room for another
-        self.queue.taken_by_dead += self.board.taken[slot]
+        self.queue.taken_before += self.board.taken[slot]
         self.board.clear(slot)
 
     def watch(self, now: float) -> None:
@@ -2179,7 +2201,7 @@ class Reload:
     def __init__(self, options: Options, signals: Signals, reactor: Reactor, queue: Queue) -> None:
         self.options, self.signals, self.reactor, self.queue = options, signals, reactor, queue
         self.checker, self.check_by = 0, 0.0  # the pid of the check, 0 for none, and its deadline
-        self.is_wanted_again = self.is_due = False  # a reload was asked for during the check; the check has passed
+        self.is_wanted_again = self.has_passed = False  # a reload was asked for during the check; the check has passed
         self.sources = list_sources() if options.reload else {}
 
     def begin(self) -> None:
@@ -2191,7 +2213,7 @@ class Reload:
         try:
             self.checker = os.fork()
         except OSError as error:
-            log_error("cannot fork to try the new code: %s" % error.strerror)
+            self.refuse("cannot fork to try the new code: %s" % error.strerror)
             return
         if self.checker == 0:
             start_again(WEBSERVER_CHECK=str(os.getpid()))
@@ -2210,11 +2232,15 @@ class Reload:
         if self.is_wanted_again:
             self.begin()
         elif os.WIFEXITED(status) and os.WEXITSTATUS(status) == CHECK_PASSED:
-            self.is_due = True
+            self.has_passed = True
         else:
-            log_error("the new code does not load: the old code goes on")
-            notify("RELOADING=1")
-            notify("READY=1")  # else a service manager that asked for the reload would wait for its end
+            self.refuse("the new code does not load")
+
+    def refuse(self, reason: str) -> None:
+        """Log that there is no reload, and tell the service manager, which may wait for the end of one."""
+        log_error("%s: the old code goes on" % reason)
+        notify("RELOADING=1")
+        notify("READY=1")
 
     def watch(self, now: float) -> None:
         """Kill a check that is late, begin one if a source has changed, replace the program if one has passed."""
@@ -2223,7 +2249,7 @@ class Reload:
         if self.options.reload and (sources := list_sources()) != self.sources:
             self.sources = sources
             self.begin()
-        if self.is_due:
+        if self.has_passed:
             self.replace()
 
     def replace(self) -> None:
@@ -2233,7 +2259,7 @@ class Reload:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             return
         notify("RELOADING=1")
-        board, mailbox, rest = self.queue.board, self.reactor.mailbox, Channel()
+        board, mailbox, carried = self.queue.board, self.reactor.mailbox, Channel()
         board.retire(time.monotonic() + self.options.graceful_timeout)
         for connection in [*self.reactor.resting.values()]:
             self.reactor.make_ready(connection)
@@ -2241,12 +2267,12 @@ class Reload:
         for first in range(0, len(held), MAX_DESCRIPTORS):
             fds, memos = zip(*held[first : first + MAX_DESCRIPTORS])
             try:
-                rest.send(BACK + b"\n".join(memos), *fds)
+                carried.send(BACK + b"\n".join(memos), *fds)
             except OSError as error:  # more than 70,000, or more than the user may have in messages (unix(7))
                 log_error("connections at rest are lost in the reload: %s" % error.strerror)
         run_exit_handlers()  # execve(2) runs none: what the old code has started would go on
         flush_output()
-        sockets = self.reactor.listener.sock, mailbox.receiver, mailbox.sender, rest.receiver, rest.sender
+        sockets = self.reactor.listener.sock, mailbox.receiver, mailbox.sender, carried.receiver, carried.sender
         replace_program([board.fd, *(sock.fileno() for sock in sockets)])
 
 
@@ -2254,6 +2280,7 @@ def replace_program(kept: list[int]) -> NoReturn:
     """Start the program again in this process with these descriptors open; it unblocks signals once it catches them."""
     for fd in kept:
         os.set_inheritable(fd, True)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     if __name__ != "__main__":  # a script may start processes before it calls `serve`: they would inherit the mask
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -2336,14 +2363,14 @@ def make_tls_context(options: Options) -> Any:
     try:
         for path in filter(None, (options.certfile, options.keyfile, options.ca_certs)):
             open(path, "rb").close()  # ssl would not say which file it cannot read
-        path = options.certfile
-        context.load_cert_chain(path, options.keyfile or None, refuse_pass_phrase)
+        path = " with ".join(filter(None, (options.certfile, options.keyfile)))
+        context.load_cert_chain(options.certfile, options.keyfile or None, refuse_pass_phrase)
         if options.ca_certs:
             path, context.verify_mode = options.ca_certs, ssl.CERT_REQUIRED
             context.load_verify_locations(path)
     except ssl.SSLError as error:
         is_other = error.reason == "KEY_VALUES_MISMATCH"
-        reason = "the key is that of another certificate" if is_other else "it lacks a certificate or a key, as PEM"
+        reason = "the key is that of another certificate" if is_other else "a certificate or a key is missing, as PEM"
         raise StartError("cannot use %s: %s" % (path, reason)) from None
     except OSError as error:
         raise StartError("cannot read %s: %s" % (path, error.strerror)) from None
@@ -2549,18 +2576,21 @@ class Trust:
     def __init__(self, words: str) -> None:
         import ipaddress
 
-        self.names = set(filter(None, re.split("[, ]+", words)))
+        self.words = set(filter(None, re.split("[, ]+", words)))
         try:
-            self.networks = [ipaddress.ip_network(name, strict=False) for name in self.names - {"unix", "*"}]
+            self.networks = [ipaddress.ip_network(name, strict=False) for name in self.words - {"unix", "*"}]
+            for network in self.networks:  # a peer with such an address is known by its IPv4 address
+                if getattr(network.network_address, "ipv4_mapped", None):
+                    raise ValueError("%s is IPv4 mapped to IPv6: write it as IPv4" % network)
         except ValueError as error:
             raise StartError("--forwarded-allow-ips: %s" % error, 2) from None
 
     def covers_peer(self, address: str) -> bool:
         """Return whether a peer with this address, "" at a unix socket, is believed."""
-        if "*" in self.names:
+        if "*" in self.words:
             return True
         if not address:
-            return "unix" in self.names
+            return "unix" in self.words
         return self.covers(address.partition("%")[0])  # without the zone of a peer on the same link
 
     def covers(self, address: str) -> bool:
@@ -2677,14 +2707,6 @@ OTHER_DESCRIPTORS = 64  # that the parent needs besides those of connections
 LIMITS: dict[str, int] = {}  # soft limits of a child: of descriptors, as at the start; of data, with what it inherits
 
 
-class StartError(Exception):
-    """The server cannot start: one sentence that tells the user why, and the exit status, 2 for usage, else 1."""
-
-    def __init__(self, sentence: str, status: int = 1) -> None:
-        super().__init__(sentence)
-        self.status = status
-
-
 def open_standard_files() -> None:
     """Open descriptors 0 to 2 if they are closed: else a connection would get one, and its client the log lines."""
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -2780,6 +2802,13 @@ def run_exit_handlers() -> None:
             if process.is_alive() and process.daemon:
                 process.terminate()
                 process.join()
+
+
+def exit_at_once(status: int) -> NoReturn:
+    """End the process without a wait for the threads of the application, which may run for ever."""
+    run_exit_handlers()
+    flush_output()
+    os._exit(status)
 
 
 def notify(state: str) -> None:
@@ -2927,10 +2956,10 @@ def describe_peer(peer: Any) -> str:
     return "unix:%s" % peer
 
 
-def rehearse() -> None:
+def rehearse(times: int) -> None:
     """Serve the built-in page to ourselves: children inherit what the interpreter learns (5 % fewer page faults)."""
     options, slot = Options(access_log="off"), Slot(Scoreboard(1))
-    for _ in range(REHEARSALS):
+    for _ in range(times):
         client, server = socket.socketpair()
         client.sendall(REHEARSAL % b"/")
         sock = socket.SocketType(socket.AF_UNIX, STREAM, 0, server.detach())
@@ -3164,10 +3193,13 @@ def parse_command_line(words: list[str]) -> tuple[str, Options]:
 
 def read_environment() -> list[str]:
     """Return the words of WEBSERVER_OPTIONS, split as a shell does; StartError if a quote is left open."""
+    words = os.environ.get("WEBSERVER_OPTIONS", "")
+    if not words:
+        return []
     import shlex
 
     try:
-        return shlex.split(os.environ.get("WEBSERVER_OPTIONS", ""))
+        return shlex.split(words)
     except ValueError as error:
         raise StartError("WEBSERVER_OPTIONS cannot be split into words: %s" % error, 2) from None
 
@@ -3183,9 +3215,9 @@ def parse_size(text: str) -> int:
 def check_options(options: Options) -> Options:
     """Return the options, with PORT, FORWARDED_ALLOW_IPS and SCRIPT_NAME for those not set; StartError."""
     for name, value, (_, _, allowed, _) in zip(Options._fields, options, OPTIONS):
-        is_word = isinstance(value, str)
-        if allowed and not (value in allowed if is_word else allowed[0] <= value <= allowed[1]):
-            wanted = "one of " + ", ".join(allowed) if is_word else "from %g to %g" % allowed
+        is_word, is_number = bool(allowed) and isinstance(allowed[0], str), isinstance(value, (int, float))
+        if allowed and not (value in allowed if is_word else is_number and allowed[0] <= value <= allowed[1]):
+            wanted = "one of " + ", ".join(allowed) if is_word else "a number from %g to %g" % allowed
             raise StartError("--%s is %s: it must be %s" % (name.replace("_", "-"), value, wanted), 2)
     for target in options.warm_up:
         if not re.fullmatch(r'(https?:/)?/[!"$-~]*', target):  # visible US-ASCII, and no fragment
@@ -3221,7 +3253,7 @@ def start(load: Callable[[], Application], options: Options) -> None:
         if options.check:
             print("the application loads: %r" % service.args[:1])
         exit_at_once(0 if options.check else CHECK_PASSED)
-    rehearse()
+    rehearse(REHEARSALS)
     # Step 2: the sockets, opened or kept in a reload.
     kept = find_kept()
     options = options._replace(
@@ -3257,6 +3289,7 @@ def load_guarded(load: Callable[[], partial[bool]], signals: Signals, kept: list
     except StartError as reason:
         if not kept:
             raise
+        signal.alarm(0)
         log_error("the reload fails and is tried again: %s" % reason)
         time.sleep(TICK)
         replace_program(kept)
@@ -3275,16 +3308,16 @@ def run(
     size = 8 + options.max_children * SLOT_SIZE
     board = Scoreboard(1) if options.no_fork else Scoreboard(0, kept[0] if kept else make_shared_file(size))
     reactor, child = Reactor(listener, mailbox, options), Child(service, listener.family, mailbox, board, options)
-    for give_up in (child.detach, reactor.close_copies, child.queue.sender.close, reactor.selector.close):
-        held.callback(give_up)
+    for close_copy in (child.detach, reactor.close_copies, child.queue.sender.close, reactor.selector.close):
+        held.callback(close_copy)
     if board.fd >= 0:
         held.callback(os.close, board.fd)
     if kept:  # connections that no child had at the reload
         with socket.socket(fileno=kept[4]) as receiver, socket.socket(fileno=kept[5]) as sender:
-            rest = Channel(receiver, sender)
+            carried = Channel(receiver, sender)
             with suppress(BlockingIOError):
                 while True:
-                    reactor.hold(*rest.receive(DONT_WAIT, SPACE, MEMOS))
+                    reactor.hold(*carried.receive(DONT_WAIT, SPACE, MEMOS), reactor.head_timeout)
     prepare_to_fork(options)
     alone = partial(serve_alone, child, reactor, signals)
     loop: Any = alone if options.no_fork else Parent(child, reactor, signals, options).run
@@ -3295,13 +3328,6 @@ def run(
     notify("READY=1")
     loop()
     log_error("stopped")
-
-
-def exit_at_once(status: int) -> NoReturn:
-    """End the process without a wait for the threads of the application, which may run for ever."""
-    run_exit_handlers()
-    flush_output()
-    os._exit(status)
 
 
 def main() -> int:
