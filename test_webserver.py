@@ -36,6 +36,7 @@ import base64
 import bz2
 import contextlib
 import email.utils
+import fcntl
 import gzip
 import hashlib
 import http.client
@@ -51,9 +52,11 @@ import shutil
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import textwrap
 import threading
 import time
@@ -2517,6 +2520,20 @@ def test_access_log_states_the_facts(
     assert 0 <= float(found["seconds"]) < 5 and (found["detail"] or found["status"] < 400)
 
 
+def test_access_log_counts_what_was_sent_before_the_client_went(tcp: None, log: Any) -> None:
+    def count_unread() -> int:
+        return int.from_bytes(fcntl.ioctl(client, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+    with connected(give([bytes(1 << 27)]), access_log="combined") as client:
+        client.sendall(GET)
+        wait_until(lambda: 0 < count_unread() == (time.sleep(0.05) or count_unread()), "the kernel to take no more")
+        for _ in range(1000):  # more than the kernel takes at once
+            assert client.recv(1 << 16, socket.MSG_WAITALL)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
+    (line,) = log(1)
+    assert 1000 << 16 <= read_log("combined", line)["bytes"] < 1 << 27
+
+
 @pytest.mark.parametrize("style", ["combined", "json", "off"])
 def test_access_log_has_a_line_for_every_request(tcp: None, style: str, log: Any) -> None:
     exchange(GET, HEAD, NEXT, b"NONSENSE\r\n\r\n", GET, application=hello, access_log=style)
@@ -3044,6 +3061,21 @@ def test_at_the_limit_of_connections_the_longest_at_rest_gives_way(tmp_path: Any
 
 
 @on_linux
+def test_requests_in_line_count_for_the_limit_of_connections(tmp_path: Any) -> None:
+    with Running(tmp_path, "--max-connections", "5", "--max-children", "1", app=RUNS_QUERY) as server:
+        with server.send(HELD, CLOSE) as busy:
+            server.wait_held()
+            files, clients = len(list_files(server.pid)), [server.send("answer = 'served'", CLOSE) for _ in range(30)]
+            with closing(*clients):
+                began = time.monotonic()
+                wait_until(lambda: time.monotonic() > began + 3 * webserver.TICK, "what a few more would be let in by")
+                assert len(list_files(server.pid)) - files <= 5
+                server.go()
+                assert [receive_answer(client).body for client in clients] == [b"served"] * 30
+            assert receive_answer(busy).status == 200
+
+
+@on_linux
 def test_a_head_that_is_cut_off_does_not_keep_the_parent_busy(tmp_path: Any) -> None:
     with Running(tmp_path, app=RUNS_QUERY) as server:
         server.wait_spare()
@@ -3104,6 +3136,14 @@ def test_at_the_cap_many_newcomers_do_not_wait_for_a_clock(tmp_path: Any) -> Non
         wait_until(lambda: time.sleep(0.1) or let_in() < 0.25, "a quick round")  # by a clock of 0.1 s none would be
 
 
+def test_what_a_child_rehearses_is_not_seen(tmp_path: Any) -> None:
+    with Running(tmp_path, app=RUNS_QUERY) as server:
+        for _ in range(3):
+            time.sleep(20 * webserver.IDLE_AFTER)  # the only sign would be in memory
+            assert server.run("answer = environ['webserver.requests']") == "1"
+        assert server.output().count("HTTP/1.1") == 3 and "favicon" not in server.errors()
+
+
 @on_linux
 def test_survives_that_fork_fails(tmp_path: Any) -> None:
     app = RUNS_QUERY + """
@@ -3153,6 +3193,23 @@ def test_sigusr1_prints_who_does_what(tmp_path: Any) -> None:
             assert all(state in line for state, line in lines.items()), lines
             server.go()
             read_answer(busy)  # nobody was disturbed
+
+
+def test_sigusr1_names_the_client_that_is_waited_for_not_the_one_before(tmp_path: Any) -> None:
+    def ask_for_report() -> str:
+        server.process.send_signal(signal.SIGUSR1)
+        return server.errors()
+
+    path = str(tmp_path / "socket")  # from a unix socket, a child gets a connection also without a whole head
+    with Running(tmp_path, "--connections-per-child", "0", app=ANSWERS % "x", bind="unix:" + path) as server:
+        for start in (GET, b"G"):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+                client.connect(path)
+                client.sendall(start)
+                if start == GET:
+                    read_answer(client)
+                else:
+                    wait_until(lambda: 'waiting for unix ""' in ask_for_report(), "the client, without a request")
 
 
 def test_advice_is_given_once_where_processes_cost_much(tmp_path: Any) -> None:
@@ -3791,6 +3848,18 @@ def test_a_reload_leaves_requests_in_hand_and_connections_at_rest_alone(tmp_path
         server.wait_spare()  # the old one was reaped
 
 
+def test_a_reload_leaves_time_for_the_first_head(tmp_path: Any) -> None:
+    path = str(tmp_path / "socket")  # a TCP connection without a byte waits in the kernel, this one in the parent
+    with Running(tmp_path, "--keep-alive", "0", app=ANSWERS % "x", bind="unix:" + path) as server:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.connect(path)
+            server.process.send_signal(signal.SIGHUP)
+            wait_until(lambda: server.errors().count("serving on") == 2, "the reload")
+            assert not select.select([client], [], [], 1.5 * webserver.TICK)[0]
+            client.sendall(GET)
+            assert receive_answer(client).body == b"x"
+
+
 def test_a_request_in_hand_keeps_its_deadline_over_a_reload(tmp_path: Any) -> None:
     with Running(tmp_path, "--timeout", "2", app=RUNS_QUERY) as server:
         with server.send(HOLDING + "time.sleep(60)") as hung:
@@ -4050,6 +4119,7 @@ TLS_MISTAKES = [  # the words, what the one line on stderr must hold
     ("--certfile server.pem --keyfile next.key", ["cannot use server.pem", "the key is that of another certificate"]),
     ("--certfile server.pem", ["cannot use server.pem", "a key"]),
     ("--certfile nothing.pem --keyfile server.key", ["cannot use nothing.pem", "certificate"]),
+    ("--certfile server.pem --keyfile nothing.pem", ["server.pem with nothing.pem"]),
     ("--certfile server.pem --keyfile locked.key", ["locked", "pass phrase"]),
     ("--certfile server.both --ca-certs nothing.pem", ["cannot use nothing.pem"]),
     ("--keyfile server.key", ["need --certfile"]),
@@ -4486,7 +4556,9 @@ def test_believes_only_whom_the_list_names(trusted: str, peer: str, is_believed:
     assert len(kept) == (3 if is_believed or not trusted else 0)
 
 
-@pytest.mark.parametrize("list_", ["10.0.0.1/40", "localhost", "10.0.0", "unix:/x", "!10.0.0.1", "10.0.0.1-10.0.0.9"])
+@pytest.mark.parametrize("list_", [
+    "10.0.0.1/40", "localhost", "10.0.0", "unix:/x", "!10.0.0.1", "10.0.0.1-10.0.0.9", "::ffff:10.0.0.0/104",
+])  # fmt: skip
 def test_a_list_of_proxies_that_is_wrong_is_one_clear_sentence(modules: str, list_: str) -> None:
     ended = run_command(modules, "--check", "--forwarded-allow-ips", list_, "good")
     assert ended.returncode == 2 and "--forwarded-allow-ips" in ended.stderr and ended.stderr.count("\n") == 1
@@ -5438,7 +5510,7 @@ def test_serves_from_python(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("name, value", [
     ("timeout", -1.0), ("max_children", 0.0), ("keep_alive", 1e9), ("graceful_timeout", -0.1),
-    ("access_log", "loud"),
+    ("access_log", "loud"), ("access_log", None), ("timeout", "30"), ("max_children", None),
 ])  # fmt: skip
 def test_refuses_options_out_of_bounds_from_python(name: str, value: Any) -> None:
     with pytest.raises(webserver.StartError, match=name.replace("_", "-")) as raised:

@@ -1005,9 +1005,9 @@ def serve_request(
     body = response.body
     if not (detail or response.is_closing) and (body is None or body.drain()):
         return True
-    # Only a client that wanted the close, and whose bytes were all read, will send nothing more.
-    if detail or stream.buffer or response.request.is_persistent or (body and (body.is_chunked or body.remaining)):
-        stream.linger()
+    has_body_left = body and (body.is_chunked or body.remaining)
+    if detail or stream.buffer or has_body_left or response.request.is_persistent:
+        stream.linger()  # else the client wanted the close, and all its bytes were read
     return False
 
 
