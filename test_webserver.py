@@ -3075,6 +3075,42 @@ def test_requests_in_line_count_for_the_limit_of_connections(tmp_path: Any) -> N
             assert receive_answer(busy).status == 200
 
 
+def test_survives_an_address_that_its_child_is_just_writing() -> None:
+    slot = webserver.Slot(webserver.Scoreboard(1))
+    slot.mark_client(b"2001:db8:")  # a part of it
+    slot.mark_busy(b"GET / HTTP/1.1")
+    assert not webserver.order_fairly([], slot.board)
+
+
+def test_a_default_timeout_of_the_application_does_not_hold_up_the_parent(tmp_path: Any) -> None:
+    path = str(tmp_path / "socket")
+    app = "import socket\nsocket.setdefaulttimeout(4)\n" + textwrap.dedent(ANSWERS % "x")
+    with Running(tmp_path, app=app, bind="unix:" + path) as server:
+        with socket.socket(socket.AF_UNIX) as silent, socket.socket(socket.AF_UNIX) as client:
+            silent.connect(path)
+            began = time.monotonic()
+            client.connect(path)
+            client.sendall(GET)
+            assert read_answer(client).body == b"x" and time.monotonic() - began < 2
+            assert not select.select([silent], [], [], 4)[0], "nor is a silent client cut off by it"
+            assert server.leaves_no_zombie()
+
+
+def test_an_incomplete_head_after_a_rest_has_the_time_of_a_head(tmp_path: Any) -> None:
+    path = str(tmp_path / "socket")  # where a child gets the incomplete head
+    with Running(tmp_path, "--keep-alive", "3", app=ANSWERS % "x", bind="unix:" + path) as server:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+            client.sendall(GET)
+            read_answer(client)
+            wait_until(lambda: time.sleep(0.05) or len(server.children()) == 1, "the rest")
+            assert not select.select([client], [], [], 1.2)[0]
+            client.sendall(GET[:-2])
+            assert not select.select([client], [], [], 2)[0], "408"
+            client.sendall(GET[-2:])
+            assert read_answer(client).body == b"x"
+
+
 @on_linux
 def test_a_head_that_is_cut_off_does_not_keep_the_parent_busy(tmp_path: Any) -> None:
     with Running(tmp_path, app=RUNS_QUERY) as server:
@@ -3898,13 +3934,15 @@ def test_comes_back_when_code_that_was_tried_fails_after_all(tmp_path: Any, mend
     if os.path.getsize("loads") > 2 and not os.path.exists("go"):  # at the start and at the trial it loads
         raise RuntimeError("the database is away")
     """
-    with Running(tmp_path, app=code + ANSWERS % "served") as server:
+    with Running(tmp_path, "--max-children", "1", app=code + ANSWERS % "served") as server:
+        server.wait_spare()
         server.process.send_signal(signal.SIGHUP)
         server.wait_for_log("the database is away")
         if mended:
             with server.send() as waiting:  # in the queue of the kernel: the port is never refused
                 server.go()
                 assert read_answer(waiting).body == b"served"
+            assert server.leaves_no_zombie()  # also of the old child, which has ended when nothing looped
         assert server.stop() == 0 or not mended
 
 
@@ -4608,8 +4646,9 @@ V6 = socket.inet_pton(socket.AF_INET6, "2001:db8::1") * 2 + b"\x12\x67\0\x50"
     (SIGNATURE + b"\x21\x11\0\x04" + V4[:4], None, "too short"),
     (SIGNATURE[:8] + b"GET / HTTP", None, "half a signature"),
 )  # fmt: skip
-@pytest.mark.parametrize("step", [0, 1], ids=["whole", "byte by byte"])
-def test_reads_the_proxy_protocol(header: bytes, expected: str | None, step: int) -> None:
+@pytest.mark.parametrize("step, late", [(0, 5.0), (1, 5.0), (0, -1.0)], ids=["whole", "byte by byte", "has waited"])
+def test_reads_the_proxy_protocol(header: bytes, expected: str | None, step: int, late: float) -> None:
+    """What has come in time is read also after the deadline: it has waited for a process."""
     options = webserver.Options(forwarded_allow_ips="127.0.0.1", proxy_protocol=True, access_log="off", timeout=5)
     seen: list[str] = []
 
@@ -4632,7 +4671,10 @@ def test_reads_the_proxy_protocol(header: bytes, expected: str | None, step: int
     thread.start()
     slot = webserver.Slot(webserver.Scoreboard(1))
     transport = webserver.Transport(options)
-    webserver.serve_connection(application, options, server, ("127.0.0.1", 1234), slot, transport=transport)
+    if late < 0:
+        thread.join()
+    deadline = time.monotonic() + late
+    webserver.serve_connection(application, options, server, ("127.0.0.1", 1234), slot, deadline, transport)
     status = int(client.recv(65536)[9:12])
     client.close()
     thread.join()
@@ -5486,6 +5528,12 @@ def test_no_fork_serves_in_one_process_and_ends_by_control_c(tmp_path: Any) -> N
         assert server.get(make_target("1 // 0")).status == 500
         assert server.get(make_target("import sys; sys.exit()")).status == 500
         assert server.children() == []
+        clients, began = [server.connect() for _ in range(4)], time.monotonic()
+        with closing(*clients):
+            for client in clients * 2:  # no client that keeps its connection holds up another
+                client.sendall(GET)
+                assert read_answer(client).status == 200
+        assert time.monotonic() - began < 4 * webserver.TICK
         server.stop(signal.SIGINT)
         assert "KeyboardInterrupt" not in server.errors()
 

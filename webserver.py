@@ -1176,7 +1176,7 @@ class Listener:
         """Return the next connection; OSError as from accept(2), BlockingIOError if there is none."""
         # As socket.accept without the enumerations and the wrapper class of `socket`: 40 % more connections a second.
         listener: Any = self.sock  # `_accept` is private to CPython, and the same since 3.0
-        sock = socket.SocketType(self.family, STREAM, 0, listener._accept()[0])
+        sock = adopt(self.family, listener._accept()[0])
         if self.is_unix:
             set_clock(sock)
         return sock
@@ -1187,6 +1187,13 @@ class Listener:
         with suppress(OSError):  # the file is gone, or this user may not remove it
             if self.file and os.path.samestat(self.file, os.stat(self.path)):
                 os.unlink(self.path)
+
+
+def adopt(family: int, fd: int) -> socket.SocketType:
+    """Return a connection that this process has received as a socket that blocks, so that its clock counts."""
+    sock = socket.SocketType(family, STREAM, 0, fd)
+    sock.setblocking(True)  # an application may set a default timeout; on BSD, O_NONBLOCK is that of the listener
+    return sock
 
 
 def set_clock(sock: socket.SocketType) -> None:
@@ -1399,7 +1406,10 @@ class Slot:
             self.check_at = now + TICK
             if os.getppid() != self.parent:
                 self.retire(now)
-        return self.leave_by[self.index] != 0
+        if self.leave_by[self.index]:
+            self.check_at = 0.0
+            return True
+        return False
 
     def may_keep(self) -> bool:
         """Return whether a TLS connection at rest, which no other process can take over, may stay, also in a reload."""
@@ -1500,7 +1510,8 @@ class Child:
     def serve_connections(self) -> None:
         """Serve connections from the queue, up to --connections-per-child, or until this child is to leave."""
         if not wait_readable(self.queue.receiver, IDLE_AFTER):
-            # A page that is shared with the parent is copied when it is written to: a third of the time to an answer.
+            # The first write to a page that is shared with the parent copies it: a third of the time to an answer,
+            # unless it was done before.
             with suppress(OSError, MemoryError):
                 rehearse(1)
         left = self.connections  # 0, no limit: it is negative from the first connection on
@@ -1526,9 +1537,7 @@ class Child:
         if not rights:  # asked to leave, or the end of the queue
             return None
         self.slot.mark_waiting(False, taken=1)
-        sock = socket.SocketType(self.family, STREAM, 0, DESCRIPTOR.unpack(rights)[0])
-        if sock.gettimeout() is not None:  # the application has set a default, which would disable the clock
-            sock.setblocking(True)
+        sock = adopt(self.family, *DESCRIPTOR.unpack(rights))
         self.slot.memo = message[DEADLINE.size :]
         return sock, DEADLINE.unpack_from(message)[0]
 
@@ -1619,7 +1628,8 @@ class Connection:
 def find_group(host: str) -> Any:
     """Return what identifies the client at an address: the address, or of IPv6 the /64, all of which one client has."""
     host = strip_mapping(host)
-    return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8] if ":" in host else host
+    with suppress(OSError):  # a part of an address, which its child is just writing to the scoreboard
+        return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8] if ":" in host else host
 
 
 def order_fairly(ready: Iterable[Connection], board: Scoreboard) -> deque[Connection]:
@@ -1713,13 +1723,14 @@ class Reactor:
             count = 0  # a reset
         if count == 0:
             self.drop(connection)
-        elif self.is_opaque or count == seen or is_worth_reading(bytes(self.peeked[:count]), seen):
+            return
+        if not seen:  # the first bytes of the head set its deadline; more bytes do not extend it
+            connection.deadline = time.monotonic() + self.head_timeout
+        if self.is_opaque or count == seen or is_worth_reading(bytes(self.peeked[:count]), seen):
             self.make_ready(connection)
         else:
             # The selector reports the connection only when more bytes are there (SO_RCVLOWAT, socket(7)).
             connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count + 1)
-            if not seen:  # the first bytes of the head set its deadline; more bytes do not extend it
-                connection.deadline = time.monotonic() + self.head_timeout
             connection.seen = count
             self.rest(connection)
 
@@ -1752,7 +1763,7 @@ class Reactor:
         deadline = time.monotonic() + max(self.options.keep_alive - TICK, least)
         for (fd,), memo in zip(DESCRIPTOR.iter_unpack(rights), message.split(b"\n")[1:]):
             self.make_room()
-            self.rest(Connection(socket.SocketType(self.listener.family, STREAM, 0, fd), deadline, memo))
+            self.rest(Connection(adopt(self.listener.family, fd), deadline, memo))
 
     def expire(self, now: float) -> None:
         """Resume accepting; close connections past their deadline, but let a child answer 408 to an incomplete head."""
@@ -1882,7 +1893,9 @@ class Queue:
             try:
                 self.channel.send(DEADLINE.pack(connection.deadline) + connection.memo, connection.sock.fileno())
             except OSError as error:  # the queue is full; ETOOMANYREFS: it holds too many descriptors
-                if error.errno not in (errno.EAGAIN, errno.ENOBUFS):
+                if error.errno == errno.EPIPE:  # a stop has ended it, for which this connection came too late
+                    reactor.ready.clear()
+                elif error.errno not in (errno.EAGAIN, errno.ENOBUFS):
                     log_throttled("cannot hand over a connection: %s" % error.strerror)
                 break
             reactor.ready.popleft()
@@ -2034,7 +2047,6 @@ class Parent:
         """
         with suppress(ChildProcessError):  # there is no child at all
             while (ended := os.wait4(-1, os.WNOHANG))[0]:  # 0: the children that are left live
-                self.totals["reaped"] += 1
                 if ended[0] in self.board.children:
                     self.record_exit(*ended)
                 else:
@@ -2045,6 +2057,7 @@ class Parent:
     def record_exit(self, pid: int, status: int, usage: Any) -> None:
         """Free the slot of a child that was reaped, and log its end if the status is not 0."""
         slot = self.board.children.pop(pid)
+        self.totals["reaped"] += 1
         self.totals["requests"] += self.board.requests[slot]
         self.totals["ms of processor"] += (usage.ru_utime + usage.ru_stime) * 1000
         if self.totals["reaped"] == ADVICE_AFTER:
@@ -2209,7 +2222,7 @@ class Reload:
         self.is_wanted_again = bool(self.checker)
         if self.checker:
             return
-        self.check_by = time.monotonic() + CHECK_TIMEOUT + self.options.timeout * len(self.options.warm_up)
+        self.check_by = time.monotonic() + bound_loading(self.options)
         try:
             self.checker = os.fork()
         except OSError as error:
@@ -2276,14 +2289,19 @@ class Reload:
         replace_program([board.fd, *(sock.fileno() for sock in sockets)])
 
 
+def bound_loading(options: Options) -> float:
+    """Return the seconds that new code may take to load and to warm up, in the check and once more in the reload."""
+    return CHECK_TIMEOUT + options.timeout * len(options.warm_up)
+
+
 def replace_program(kept: list[int]) -> NoReturn:
     """Start the program again in this process with these descriptors open; it unblocks signals once it catches them."""
     for fd in kept:
         os.set_inheritable(fd, True)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     if __name__ != "__main__":  # a script may start processes before it calls `serve`: they would inherit the mask
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(signum, signal.SIG_DFL if signum in (signal.SIGTERM, signal.SIGINT) else signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     start_again(WEBSERVER_RELOAD=" ".join(map(str, (os.getpid(), *kept))))
 
@@ -2658,7 +2676,9 @@ def find_authority(environ: Environ, host: str | None, port: str | None) -> tupl
 
 def read_proxy_header(stream: Stream, deadline: float) -> str:
     """Read the PROXY header of a connection; return its client, "-" for none; HTTPError."""
-    while not (stream.buffer and (found := parse_proxy_header(stream.buffer))):
+    if not stream.buffer:
+        stream.receive_at_rest(deadline)  # what is there is read first, however long it has waited for a process
+    while not (found := parse_proxy_header(stream.buffer)):
         stream.receive_by(deadline, "PROXY header")
     stream.buffer = stream.buffer[found[0] :]
     return found[1]
@@ -2957,7 +2977,7 @@ def describe_peer(peer: Any) -> str:
 
 
 def rehearse(times: int) -> None:
-    """Serve the built-in page to ourselves: children inherit what the interpreter learns (5 % fewer page faults)."""
+    """Serve the built-in page to ourselves; children inherit what the interpreter learns (5 % fewer page faults)."""
     options, slot = Options(access_log="off"), Slot(Scoreboard(1))
     for _ in range(times):
         client, server = socket.socketpair()
@@ -3268,7 +3288,7 @@ def start(load: Callable[[], Application], options: Options) -> None:
         held.callback(sock.close)
     try:
         # Step 3: the application, and the loop. Until the application is loaded, a signal to stop ends the process.
-        service = load_guarded(partial(load_service, load, options), signals, kept)
+        service = load_guarded(partial(load_service, load, options), signals, kept, bound_loading(options))
         run(service, options, listener, mailbox, signals, held, kept)
     finally:
         signals.release()
@@ -3276,14 +3296,17 @@ def start(load: Callable[[], Application], options: Options) -> None:
         listener.close()
 
 
-def load_guarded(load: Callable[[], partial[bool]], signals: Signals, kept: list[int]) -> partial[bool]:
+def load_guarded(
+    load: Callable[[], partial[bool]], signals: Signals, kept: list[int], seconds: float
+) -> partial[bool]:  # fmt: skip
     """Return the loaded service; meanwhile a signal to stop ends the process, even PID 1; StartError.
 
-    A reload raises none: if the load fails although the check has passed, the program is started again.
+    A reload raises none: if the load fails although the check has passed, the program is started again. If
+    that takes more than these seconds, the process ends with status 1.
     """
     signals.receiver = partial(end_loading, signals.pending, bool(kept))
     signals.catch(*(SIGNALS if kept else (signal.SIGTERM, signal.SIGALRM)))
-    signal.alarm(int(CHECK_TIMEOUT) if kept else LOADING_IS_SLOW)
+    signal.alarm(int(seconds) if kept else LOADING_IS_SLOW)
     try:
         return load()
     except StartError as reason:
@@ -3312,7 +3335,8 @@ def run(
         held.callback(close_copy)
     if board.fd >= 0:
         held.callback(os.close, board.fd)
-    if kept:  # connections that no child had at the reload
+    if kept:  # children may have ended while nothing noted it; and connections that no child had at the reload
+        signals.pending.append(signal.SIGCHLD)
         with socket.socket(fileno=kept[4]) as receiver, socket.socket(fileno=kept[5]) as sender:
             carried = Channel(receiver, sender)
             with suppress(BlockingIOError):
