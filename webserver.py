@@ -865,7 +865,7 @@ def make_framing(
     """Return the framing of a response whose body has this size (None: unknown), with a Date of this second."""
     lines, length, is_http10 = head.lines, head.length, version == "HTTP/1.0"
     has_body = method != "HEAD" and head.status not in (204, 304)  # RFC 9110 §6.4.1
-    if length is None and (size or has_body):
+    if length is None and (size or has_body):  # an empty list for HEAD or 304 tells no length
         length = size
     is_chunked = length is None and has_body and not is_http10
     is_closing = is_closing or head.is_closing or (is_http10 and has_body and length is None)
@@ -1283,6 +1283,7 @@ def describe_address(listener: socket.socket, scheme: str) -> str:
 # ---- 11. Scoreboard ---------------------------------------------------------
 # Memory that the parent and the children share, with a slot for each child. It has no lock: each number but `leave_by`
 # has one writer at a time. State and time are one aligned double: no reader sees one without the other. A store: 50 ns.
+# A text may be read half written; nothing but the order of requests and the logs depends on it.
 
 STOPPING, PRESSED, WANTED = 1, 2, 4  # orders: responses close; requests wait at the cap; one waits for a fork
 RECORD = struct.Struct("=44s196s")  # the client, and the request-line
@@ -1348,7 +1349,8 @@ class Slot:
     """Owns one slot of the scoreboard, in which a serving process writes what it does."""
 
     def __init__(self, board: Scoreboard) -> None:
-        self.client, self.line, self.requests, self.check_at = b"", b"", 0, 0.0
+        self.client, self.line, self.requests = b"", b"", 0
+        self.check_at = 0.0  # until then `may_wait` relies on the last look at the parent and `leave_by`; 0: on none
         self.memo = b""  # what a PROXY header has told of the connection in hand
         self.attach(board, 0, os.getpid())
 
