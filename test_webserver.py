@@ -3681,6 +3681,20 @@ def test_goes_on_accepting_for_the_drain_delay(tmp_path: Any) -> None:
         assert server.process.wait(PATIENCE) == 0
 
 
+def test_a_stop_does_not_wait_for_a_connection_that_comes_back_too_late(tmp_path: Any) -> None:
+    streamed = "def f():\n  yield b'first '\n  %s  yield b'last'\nanswer = f()" % UNTIL_GO
+    with Running(tmp_path, "--graceful-timeout", "15", app=RUNS_QUERY) as server:
+        with server.send(HOLDING + streamed) as client:  # its head is out before the stop, without Connection: close
+            receive_until(client, b"first ")
+            server.process.send_signal(signal.SIGTERM)
+            assert not select.select([client], [], [], 2 * webserver.LAST_CALL)[0]
+            client.sendall(GET)
+            began = time.monotonic()
+            server.go()
+            assert b"last" in receive_all(client)
+            assert server.process.wait(PATIENCE) == 0 and time.monotonic() - began < 8
+
+
 def test_a_second_signal_stops_at_once(tmp_path: Any) -> None:
     with Running(tmp_path, app=RUNS_QUERY) as server, server.send(HELD) as busy:
         server.wait_held()
