@@ -3177,7 +3177,8 @@ def test_what_a_child_rehearses_is_not_seen(tmp_path: Any) -> None:
         for _ in range(3):
             time.sleep(20 * webserver.IDLE_AFTER)  # the only sign would be in memory
             assert server.run("answer = environ['webserver.requests']") == "1"
-        assert server.output().count("HTTP/1.1") == 3 and "favicon" not in server.errors()
+        wait_until(lambda: server.output().count("HTTP/1.1") >= 3, "the access log")
+        assert server.output().count("HTTP/1.1") == 3 and server.errors().count("\n") <= 2  # where it serves; as root
 
 
 @on_linux
