@@ -3098,7 +3098,7 @@ def test_a_default_timeout_of_the_application_does_not_hold_up_the_parent(tmp_pa
 
 def test_an_incomplete_head_after_a_rest_has_the_time_of_a_head(tmp_path: Any) -> None:
     path = str(tmp_path / "socket")  # where a child gets the incomplete head
-    with Running(tmp_path, "--keep-alive", "3", app=ANSWERS % "x", bind="unix:" + path) as server:
+    with Running(tmp_path, "--keep-alive", "4", app=ANSWERS % "x", bind="unix:" + path) as server:
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(path)
             client.sendall(GET)
