@@ -3062,17 +3062,17 @@ def test_at_the_limit_of_connections_the_longest_at_rest_gives_way(tmp_path: Any
 
 @on_linux
 def test_requests_in_line_count_for_the_limit_of_connections(tmp_path: Any) -> None:
-    with Running(tmp_path, "--max-connections", "5", "--max-children", "1", app=RUNS_QUERY) as server:
-        with server.send(HELD, CLOSE) as busy:
-            server.wait_held()
-            files, clients = len(list_files(server.pid)), [server.send("answer = 'served'", CLOSE) for _ in range(30)]
-            with closing(*clients):
-                began = time.monotonic()
-                wait_until(lambda: time.monotonic() > began + 3 * webserver.TICK, "what a few more would be let in by")
-                assert len(list_files(server.pid)) - files <= 5
-                server.go()
-                assert [receive_answer(client).body for client in clients] == [b"served"] * 30
-            assert receive_answer(busy).status == 200
+    words = "--max-connections", "5", "--max-children", "1"
+    with Running(tmp_path, *words, app=RUNS_QUERY) as server, server.send(HELD, CLOSE) as busy:
+        server.wait_held()
+        files, clients = len(list_files(server.pid)), [server.send("answer = 'served'", CLOSE) for _ in range(30)]
+        with closing(*clients):
+            began = time.monotonic()
+            wait_until(lambda: time.monotonic() > began + 3 * webserver.TICK, "what a few more would be let in by")
+            assert len(list_files(server.pid)) - files <= 5
+            server.go()
+            assert [receive_answer(client).body for client in clients] == [b"served"] * 30
+        assert receive_answer(busy).status == 200
 
 
 def test_survives_an_address_that_its_child_is_just_writing() -> None:
@@ -3085,30 +3085,30 @@ def test_survives_an_address_that_its_child_is_just_writing() -> None:
 def test_a_default_timeout_of_the_application_does_not_hold_up_the_parent(tmp_path: Any) -> None:
     path = str(tmp_path / "socket")
     app = "import socket\nsocket.setdefaulttimeout(4)\n" + textwrap.dedent(ANSWERS % "x")
-    with Running(tmp_path, app=app, bind="unix:" + path) as server:
-        with socket.socket(socket.AF_UNIX) as silent, socket.socket(socket.AF_UNIX) as client:
-            silent.connect(path)
-            began = time.monotonic()
-            client.connect(path)
-            client.sendall(GET)
-            assert read_answer(client).body == b"x" and time.monotonic() - began < 2
-            assert not select.select([silent], [], [], 4)[0], "nor is a silent client cut off by it"
-            assert server.leaves_no_zombie()
+    silent, client = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+    with Running(tmp_path, app=app, bind="unix:" + path) as server, silent, client:
+        silent.connect(path)
+        began = time.monotonic()
+        client.connect(path)
+        client.sendall(GET)
+        assert read_answer(client).body == b"x" and time.monotonic() - began < 2
+        assert not select.select([silent], [], [], 4)[0], "nor is a silent client cut off by it"
+        assert server.leaves_no_zombie()
 
 
 def test_an_incomplete_head_after_a_rest_has_the_time_of_a_head(tmp_path: Any) -> None:
     path = str(tmp_path / "socket")  # where a child gets the incomplete head
-    with Running(tmp_path, "--keep-alive", "4", app=ANSWERS % "x", bind="unix:" + path) as server:
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(path)
-            client.sendall(GET)
-            read_answer(client)
-            wait_until(lambda: time.sleep(0.05) or len(server.children()) == 1, "the rest")
-            assert not select.select([client], [], [], 1.2)[0]
-            client.sendall(GET[:-2])
-            assert not select.select([client], [], [], 2)[0], "408"
-            client.sendall(GET[-2:])
-            assert read_answer(client).body == b"x"
+    words, client = ("--keep-alive", "4"), socket.socket(socket.AF_UNIX)
+    with Running(tmp_path, *words, app=ANSWERS % "x", bind="unix:" + path) as server, client:
+        client.connect(path)
+        client.sendall(GET)
+        read_answer(client)
+        wait_until(lambda: time.sleep(0.05) or len(server.children()) == 1, "the rest")
+        assert not select.select([client], [], [], 1.2)[0]
+        client.sendall(GET[:-2])
+        assert not select.select([client], [], [], 2)[0], "408"
+        client.sendall(GET[-2:])
+        assert read_answer(client).body == b"x"
 
 
 @on_linux
@@ -3684,16 +3684,17 @@ def test_goes_on_accepting_for_the_drain_delay(tmp_path: Any) -> None:
 
 def test_a_stop_does_not_wait_for_a_connection_that_comes_back_too_late(tmp_path: Any) -> None:
     streamed = "def f():\n  yield b'first '\n  %s  yield b'last'\nanswer = f()" % UNTIL_GO
-    with Running(tmp_path, "--graceful-timeout", "15", app=RUNS_QUERY) as server:
-        with server.send(HOLDING + streamed) as client:  # its head is out before the stop, without Connection: close
-            receive_until(client, b"first ")
-            server.process.send_signal(signal.SIGTERM)
-            assert not select.select([client], [], [], 2 * webserver.LAST_CALL)[0]
-            client.sendall(GET)
-            began = time.monotonic()
-            server.go()
-            assert b"last" in receive_all(client)
-            assert server.process.wait(PATIENCE) == 0 and time.monotonic() - began < 8
+    words = "--graceful-timeout", "15"
+    with Running(tmp_path, *words, app=RUNS_QUERY) as server, server.send(HOLDING + streamed) as client:
+        # Its head is out before the stop, without Connection: close.
+        receive_until(client, b"first ")
+        server.process.send_signal(signal.SIGTERM)
+        assert not select.select([client], [], [], 2 * webserver.LAST_CALL)[0]
+        client.sendall(GET)
+        began = time.monotonic()
+        server.go()
+        assert b"last" in receive_all(client)
+        assert server.process.wait(PATIENCE) == 0 and time.monotonic() - began < 8
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Any) -> None:
@@ -3901,14 +3902,14 @@ def test_a_reload_leaves_requests_in_hand_and_connections_at_rest_alone(tmp_path
 
 def test_a_reload_leaves_time_for_the_first_head(tmp_path: Any) -> None:
     path = str(tmp_path / "socket")  # a TCP connection without a byte waits in the kernel, this one in the parent
-    with Running(tmp_path, "--keep-alive", "0", app=ANSWERS % "x", bind="unix:" + path) as server:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-            client.connect(path)
-            server.process.send_signal(signal.SIGHUP)
-            wait_until(lambda: server.errors().count("serving on") == 2, "the reload")
-            assert not select.select([client], [], [], 1.5 * webserver.TICK)[0]
-            client.sendall(GET)
-            assert receive_answer(client).body == b"x"
+    words, client = ("--keep-alive", "0"), socket.socket(socket.AF_UNIX)
+    with Running(tmp_path, *words, app=ANSWERS % "x", bind="unix:" + path) as server, client:
+        client.connect(path)
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: server.errors().count("serving on") == 2, "the reload")
+        assert not select.select([client], [], [], 1.5 * webserver.TICK)[0]
+        client.sendall(GET)
+        assert receive_answer(client).body == b"x"
 
 
 def test_a_request_in_hand_keeps_its_deadline_over_a_reload(tmp_path: Any) -> None:
@@ -5517,6 +5518,7 @@ def test_a_size_may_have_a_suffix(words: str, value: int) -> None:
 def test_a_bad_port_in_the_environment_is_one_clear_sentence(modules: str, port: str) -> None:
     ended = run_command(modules, "good", PORT=port)
     assert ended.returncode == 2 and "PORT is '%s'" % port in ended.stderr and ended.stderr.count("\n") == 1
+    assert run_command(modules, "--check", "-b", "127.0.0.1:8000", "good", PORT=port).returncode == 0  # unread
 
 
 def test_a_port_without_permission_is_one_clear_sentence(modules: str) -> None:

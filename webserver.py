@@ -1675,7 +1675,8 @@ class Reactor:
         """Accept connections from the kernel's queue; return False if there is no room, and pause until `expire`."""
         deadline, has_room = time.monotonic() + self.head_timeout, True
         for _ in range(ACCEPT_AT_ONCE):
-            if not (has_room := self.has_room()):
+            # A new connection may take the place of the one longest at rest, but not of one in line for a child.
+            if not (has_room := bool(self.resting) or len(self.ready) < self.options.max_connections):
                 break
             try:
                 connection = Connection(self.listener.accept(), deadline)
@@ -1691,10 +1692,6 @@ class Reactor:
             with suppress(KeyError):  # it is not watched
                 self.selector.unregister(self.listener.sock)
         return has_room
-
-    def has_room(self) -> bool:
-        """Return whether one more connection may be held, if need be in place of the one longest at rest."""
-        return bool(self.resting) or len(self.ready) < self.options.max_connections
 
     def make_room(self) -> None:
         """Close the connection longest at rest if no more may be held."""
@@ -1761,7 +1758,7 @@ class Reactor:
                 self.hold(*received)
 
     def hold(self, message: bytes, rights: bytes, least: float = 0.0) -> None:
-        """Hold the connections that come with a message, their clients silent for a TICK, at least so many seconds."""
+        """Hold the connections in a message for --keep-alive, less the TICK that has passed, at least for `least`."""
         deadline = time.monotonic() + max(self.options.keep_alive - TICK, least)
         for (fd,), memo in zip(DESCRIPTOR.iter_unpack(rights), message.split(b"\n")[1:]):
             self.make_room()
@@ -2302,8 +2299,10 @@ def replace_program(kept: list[int]) -> NoReturn:
         os.set_inheritable(fd, True)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     if __name__ != "__main__":  # a script may start processes before it calls `serve`: they would inherit the mask
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(signum, signal.SIG_DFL if signum in (signal.SIGTERM, signal.SIGINT) else signal.SIG_IGN)
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, signal.SIG_DFL)  # ours would note it for a loop that no longer runs
+        for signum in (signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(signum, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     start_again(WEBSERVER_RELOAD=" ".join(map(str, (os.getpid(), *kept))))
 
@@ -3298,13 +3297,11 @@ def start(load: Callable[[], Application], options: Options) -> None:
         listener.close()
 
 
-def load_guarded(
-    load: Callable[[], partial[bool]], signals: Signals, kept: list[int], seconds: float
-) -> partial[bool]:  # fmt: skip
+def load_guarded(load: Callable[[], partial[bool]], signals: Signals, kept: list[int], seconds: float) -> partial[bool]:
     """Return the loaded service; meanwhile a signal to stop ends the process, even PID 1; StartError.
 
-    A reload raises none: if the load fails although the check has passed, the program is started again. If
-    that takes more than these seconds, the process ends with status 1.
+    A reload raises none: if the load fails although the check has passed, the program is started again. If a load
+    takes more than these seconds, the process ends with status 1.
     """
     signals.receiver = partial(end_loading, signals.pending, bool(kept))
     signals.catch(*(SIGNALS if kept else (signal.SIGTERM, signal.SIGALRM)))
