@@ -910,9 +910,10 @@ def parse_response_head(status: str, response_headers: tuple[tuple[str, str], ..
 
 def check_header(header: tuple[str, str]) -> tuple[str, str]:
     """Return the name of a header in lower case, and its value; TypeError, ValueError if no application may send it."""
-    if not (isinstance(header, tuple) and len(header) == 2 and all(isinstance(part, str) for part in header)):
+    name, value = header if isinstance(header, tuple) and len(header) == 2 else (None, None)
+    if not (isinstance(name, str) and isinstance(value, str)):
         raise TypeError
-    name, value = header[0].lower(), header[1].strip(" \t")
+    name, value = name.lower(), value.strip(" \t")
     if not TOKEN.fullmatch(name.encode("utf-8")):
         raise ValueError("not a field name: %r" % header[0])
     if not RESPONSE_FIELD_VALUE.fullmatch(value):
@@ -1159,24 +1160,24 @@ ADVICE = {
 class Listener:
     """Owns the listening socket, and the file of a unix socket that was bound here."""
 
-    def __init__(self, sock: socket.socket, bind: str) -> None:
-        self.sock, self.family, self.is_unix = sock, int(sock.family), sock.family == socket.AF_UNIX
+    def __init__(self, fd: int, bind: str) -> None:
+        # Without the enumerations and the wrapper class of `socket`, accept is faster: 40 % more connections a second.
+        self.sock: Any = socket.SocketType(fileno=fd)
+        self.family, self.is_unix = self.sock.family, self.sock.family == socket.AF_UNIX
         self.is_foreign = bind.startswith("fd:")  # inherited: the service manager may go on to use it
         self.path = os.path.abspath(bind[5:]) if bind.startswith("unix:") else ""
         self.file = os.stat(self.path) if os.path.exists(self.path) else None
-        sock.setblocking(False)
-        set_clock(sock)
+        self.sock.setblocking(False)
+        set_clock(self.sock)
         if not self.is_unix:  # each connection inherits these options, and the clock (tcp(7))
             # Else a small block waits 40 ms for the acknowledgement of the block before it.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if hasattr(socket, "TCP_DEFER_ACCEPT"):  # accepted with its first bytes, mostly a whole head
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, int(HEAD_TIMEOUT))
+                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, int(HEAD_TIMEOUT))
 
     def accept(self) -> socket.SocketType:
         """Return the next connection; OSError as from accept(2), BlockingIOError if there is none."""
-        # As socket.accept without the enumerations and the wrapper class of `socket`: 40 % more connections a second.
-        listener: Any = self.sock  # `_accept` is private to CPython, and the same since 3.0
-        sock = adopt(self.family, listener._accept()[0])
+        sock = adopt(self.family, self.sock._accept()[0])  # `_accept` is private to CPython, and the same since 3.0
         if self.is_unix:
             set_clock(sock)
         return sock
@@ -1212,8 +1213,8 @@ def find_inherited_address() -> str:
     return "fd:3"
 
 
-def open_listener(bind: str, mode: str) -> socket.socket:
-    """Return a socket that listens on the address; a unix socket's file gets the mode. StartError if that fails."""
+def open_listener(bind: str, mode: str) -> int:
+    """Return a descriptor that listens on the address; a unix socket's file gets the mode. StartError if that fails."""
     path, fd, host, port = parse_address(bind)
     try:
         if path:
@@ -1227,7 +1228,7 @@ def open_listener(bind: str, mode: str) -> socket.socket:
     except OSError as error:
         advice = ADVICE.get(error.errno or 0, "")
         raise StartError("cannot listen on %s: %s%s" % (bind, error.strerror or error, advice)) from None
-    return listener
+    return listener.detach()
 
 
 def parse_address(bind: str) -> Sequence[str]:
@@ -1270,7 +1271,7 @@ def bind_unix(path: str, mode: str) -> socket.socket:
     return listener
 
 
-def describe_address(listener: socket.socket, scheme: str) -> str:
+def describe_address(listener: socket.SocketType, scheme: str) -> str:
     """Return the URL of the server, or unix:PATH."""
     if listener.family == socket.AF_UNIX:
         return "unix:%s" % listener.getsockname()
@@ -1472,6 +1473,11 @@ class Channel:
             log_throttled("connections are lost: %s" % os.strerror(errno.EMFILE))
         return message, rights[0][2] if rights else b""
 
+    def close(self) -> None:
+        """Close both ends."""
+        self.receiver.close()
+        self.sender.close()
+
 
 def wait_readable(sock: socket.SocketType, seconds: float) -> bool:
     """Wait until the socket is readable, for these seconds at most; return whether it is."""
@@ -1483,8 +1489,10 @@ def wait_readable(sock: socket.SocketType, seconds: float) -> bool:
 class Child:
     """Owns the life of a serving process, from fork to exit. The parent makes it, and each fork has a copy of it."""
 
-    def __init__(self, serve: Service, family: int, mailbox: Channel, board: Scoreboard, options: Options) -> None:
-        self.serve_connection, self.family, self.queue, self.mailbox = serve, family, Channel(), mailbox
+    def __init__(
+        self, serve: Service, family: int, queue: Channel, mailbox: Channel, board: Scoreboard, options: Options
+    ) -> None:
+        self.serve_connection, self.family, self.queue, self.mailbox = serve, family, queue, mailbox
         self.options = options
         self.connections = options.connections_per_child  # kept here: a look-up in Options costs each fork some pages
         self.slot = Slot(board)
@@ -1498,8 +1506,7 @@ class Child:
         status = 1
         try:
             give_up()
-            self.slot.attach(self.slot.board, index, os.getpid())
-            self.serve_connections()
+            self.serve_connections(index)
             status = 0
         except SystemExit as error:  # in a process that the application has forked
             status = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -1507,11 +1514,13 @@ class Child:
             log_exception(error)
         finally:
             self.slot.mark_progress()  # the exit has the timeout of a request
+            give_way()  # a client that waits for this processor would wait a millisecond more, until the exit is done
             exit_child(status)
 
-    def serve_connections(self) -> None:
+    def serve_connections(self, index: int) -> None:
         """Serve connections from the queue, up to --connections-per-child, or until this child is to leave."""
-        if not wait_readable(self.queue.receiver, IDLE_AFTER):
+        self.slot.attach(self.slot.board, index, os.getpid())
+        if not (self.slot.is_told(WANTED) or wait_readable(self.queue.receiver, IDLE_AFTER)):
             # The first write to a page that is shared with the parent copies it: a third of the time to an answer,
             # unless it was done before.
             with suppress(OSError, MemoryError):
@@ -1753,9 +1762,11 @@ class Reactor:
 
     def take_back(self) -> None:
         """Receive the connections given back, until the mailbox is empty or holds the number of a signal."""
-        with suppress(BlockingIOError):
+        try:
             while (received := self.mailbox.receive(DONT_WAIT))[1]:
                 self.hold(*received)
+        except BlockingIOError:
+            pass  # it is empty
 
     def hold(self, message: bytes, rights: bytes, least: float = 0.0) -> None:
         """Hold the connections in a message for --keep-alive, less the TICK that has passed, at least for `least`."""
@@ -1858,7 +1869,7 @@ class Signals:
 
     def unblock(self) -> None:
         """Restore the signal mask after the fork."""
-        if (mask := self.masks.pop(get_ident(), None)) is not None:
+        if self.masks and (mask := self.masks.pop(get_ident(), None)) is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def leave(self) -> None:
@@ -1962,6 +1973,7 @@ class Parent:
         self.is_over, self.has_terminal = False, os.isatty(2)  # all has ended; stderr is a terminal
         self.told: dict[int, tuple[float, float]] = {}  # by slot: the `since` that was interrupted, and when
         self.totals: dict[str, float] = dict.fromkeys(TOTALS, 0)
+        self.totals["ms of processor"] -= count_processor()  # of the children before a reload
 
     def run(self) -> None:
         """Serve until the server is stopped and the last child is reaped."""
@@ -1995,11 +2007,12 @@ class Parent:
         if spare < 0 and self.child.connections == 1:
             self.fork_at = now
         self.fork_at = max(self.fork_at, self.fork_again_at)
-        if now >= self.fork_at:
-            self.board.order(WANTED, spare < 0)
-            self.fork_at = now if spare < -1 else now + FORK_DELAY
-            self.fork()
-        return self.fork_at
+        if now < self.fork_at:
+            return self.fork_at
+        self.board.order(WANTED, spare < 0)
+        self.fork_at = now if spare < -1 else now + FORK_DELAY
+        self.fork()
+        return self.fork_at if spare < 0 else self.tick_at
 
     def fork(self) -> None:
         """Fork a child that waits at the queue. If the system refuses, the present number is the cap until `watch`."""
@@ -2028,11 +2041,12 @@ class Parent:
 
     def handle_signal(self, signum: int) -> None:
         """Do what a signal asks for."""
-        is_left = signum == signal.SIGHUP and self.has_terminal and not os.isatty(2)  # the terminal was closed
         if signum == signal.SIGCHLD:
             self.reap()
-        elif signum in (signal.SIGTERM, signal.SIGINT) or is_left:
+        elif signum in (signal.SIGTERM, signal.SIGINT):
             self.stop()
+        elif signum == signal.SIGHUP and self.has_terminal and not os.isatty(2):
+            self.stop()  # the terminal was closed
         elif signum == signal.SIGHUP and not self.stop_at:
             self.reload.begin()
         elif signum == signal.SIGUSR1:
@@ -2044,21 +2058,22 @@ class Parent:
         One SIGCHLD may stand for several children: signals merge. So this repeats until no zombie is left, and does not
         wait for living children (waitpid(2)). An unknown pid is the check of a reload, or an orphan given to PID 1.
         """
-        with suppress(ChildProcessError):  # there is no child at all
-            while (ended := os.wait4(-1, os.WNOHANG))[0]:  # 0: the children that are left live
+        try:
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:  # 0: the children that are left live
                 if ended[0] in self.board.children:
                     self.record_exit(*ended)
                 else:
-                    self.reload.end_check(*ended[:2])
+                    self.reload.end_check(*ended)
+        except ChildProcessError:
+            pass  # there is no child at all
         if self.stop_at or self.reload.has_passed:
             self.tick_at = 0.0
 
-    def record_exit(self, pid: int, status: int, usage: Any) -> None:
+    def record_exit(self, pid: int, status: int) -> None:
         """Free the slot of a child that was reaped, and log its end if the status is not 0."""
         slot = self.board.children.pop(pid)
         self.totals["reaped"] += 1
         self.totals["requests"] += self.board.requests[slot]
-        self.totals["ms of processor"] += (usage.ru_utime + usage.ru_stime) * 1000
         if self.totals["reaped"] == ADVICE_AFTER:
             give_advice(self.totals)
         if status:
@@ -2148,12 +2163,19 @@ def describe_end(status: int) -> str:
 
 def give_advice(totals: dict[str, float]) -> None:
     """Log what to do if processes cost much and serve few requests."""
-    cost, requests = totals["ms of processor"] / totals["reaped"], totals["requests"] / totals["reaped"]
+    cost = (totals["ms of processor"] + count_processor()) / totals["reaped"]
+    requests = totals["requests"] / totals["reaped"]
     if cost > EXPENSIVE and requests < FEW_REQUESTS:
         log_error(
             "a process takes %d ms of processor and serves %.1f requests: --warm-up PATH loads once for all what the"
             " first request loads, --connections-per-child N keeps processes" % (cost, requests)
         )
+
+
+def count_processor() -> float:
+    """Return the milliseconds of processor that all children reaped so far have used (times(2))."""
+    times = os.times()
+    return (times.children_user + times.children_system) * 1000
 
 
 def report(queue: Queue, reactor: Reactor, totals: dict[str, float]) -> None:
@@ -2166,7 +2188,9 @@ def report(queue: Queue, reactor: Reactor, totals: dict[str, float]) -> None:
         age, doing = ("%.1f s" % (now - abs(since)), board.describe(slot)) if since else ("-", "")
         log_error("%7d %-8s %8s %8d  %s" % (pid, state, age, board.requests[slot], doing))
     log_error("connections at rest: %d, waiting for a process: %d" % (len(reactor.resting), len(reactor.ready)))
-    numbers = {"connections": queue.count_taken(), **totals, "requests": totals["requests"] + sum(board.requests)}
+    numbers = {"connections": queue.count_taken(), **totals}
+    numbers["requests"] += sum(board.requests)
+    numbers["ms of processor"] += count_processor()
     log_error("in all: " + ", ".join("%d %s" % (number, name) for name, number in numbers.items()))
 
 
@@ -2979,13 +3003,17 @@ def describe_peer(peer: Any) -> str:
 
 def rehearse(times: int) -> None:
     """Serve the built-in page to ourselves; children inherit what the interpreter learns (5 % fewer page faults)."""
-    options, slot = Options(access_log="off"), Slot(Scoreboard(1))
+    options = Options(access_log="off")
+    service, channel = partial(serve_connection, show_environ, options), Channel()
+    child = Child(service, socket.AF_UNIX, channel, channel, Scoreboard(1), options)
     for _ in range(times):
         client, server = socket.socketpair()
         client.sendall(REHEARSAL % b"/")
-        sock = socket.SocketType(socket.AF_UNIX, STREAM, 0, server.detach())
-        serve_connection(show_environ, options, sock, ("127.0.0.1", 0), slot)
+        channel.send(DEADLINE.pack(UNBOUNDED) + b"rehearsal", server.fileno())
+        server.close()
+        child.serve_connections(0)
         client.close()
+    channel.close()
 
 
 def prepare_to_fork(options: Options) -> None:
@@ -3280,8 +3308,7 @@ def start(load: Callable[[], Application], options: Options) -> None:
     options = options._replace(
         bind=find_inherited_address() or options.bind, max_connections=raise_descriptor_limit(options.max_connections)
     )
-    sock = socket.socket(fileno=kept[1]) if kept else open_listener(options.bind, options.socket_mode)
-    listener = Listener(sock, options.bind)
+    listener = Listener(kept[1] if kept else open_listener(options.bind, options.socket_mode), options.bind)
     mailbox = Channel(*(socket.socket(fileno=fd) for fd in kept[2:4]))
     signals, held = Signals(mailbox.sender), ExitStack()  # what a process that the application forks must give up
     signals.detach = held.close
@@ -3329,18 +3356,19 @@ def run(
     signals.catch(*(signum for signum in SIGNALS if signum not in left))
     size = 8 + options.max_children * SLOT_SIZE
     board = Scoreboard(1) if options.no_fork else Scoreboard(0, kept[0] if kept else make_shared_file(size))
-    reactor, child = Reactor(listener, mailbox, options), Child(service, listener.family, mailbox, board, options)
+    reactor = Reactor(listener, mailbox, options)
+    child = Child(service, listener.family, Channel(), mailbox, board, options)
     for close_copy in (child.detach, reactor.close_copies, child.queue.sender.close, reactor.selector.close):
         held.callback(close_copy)
     if board.fd >= 0:
         held.callback(os.close, board.fd)
     if kept:  # children may have ended while nothing noted it; and connections that no child had at the reload
         signals.pending.append(signal.SIGCHLD)
-        with socket.socket(fileno=kept[4]) as receiver, socket.socket(fileno=kept[5]) as sender:
-            carried = Channel(receiver, sender)
-            with suppress(BlockingIOError):
-                while True:
-                    reactor.hold(*carried.receive(DONT_WAIT, SPACE, MEMOS), reactor.head_timeout)
+        carried = Channel(*(socket.socket(fileno=fd) for fd in kept[4:6]))
+        with suppress(BlockingIOError):
+            while True:
+                reactor.hold(*carried.receive(DONT_WAIT, SPACE, MEMOS), reactor.head_timeout)
+        carried.close()
     prepare_to_fork(options)
     alone = partial(serve_alone, child, reactor, signals)
     loop: Any = alone if options.no_fork else Parent(child, reactor, signals, options).run
