@@ -3128,6 +3128,22 @@ def test_a_head_that_is_cut_off_does_not_keep_the_parent_busy(tmp_path: Any) -> 
 # ---- 14. Parent -------------------------------------------------------------
 
 
+def test_children_step_back_while_a_request_waits_long_for_a_fork() -> None:
+    board = webserver.Scoreboard(2)
+    queue, slot = webserver.Queue(webserver.Channel(), board), webserver.Slot(board)
+    board.allot()
+    queue.put_in = 1
+    for now, is_late in (10.0, False), (10.04, False), (10.06, True), (10.2, True):
+        queue.check_delay(now)
+        assert slot.is_told(webserver.LATE) is is_late, now
+    board.order(webserver.WANTED, True)
+    began = time.monotonic()
+    assert slot.may_wait() and time.monotonic() > began + 0.06
+    board.taken[0] = 1
+    queue.check_delay(10.3)
+    assert not slot.is_told(webserver.LATE) and slot.is_told(webserver.WANTED)
+
+
 def test_waits_with_one_spare_process_and_returns_to_it(shared: Running) -> None:
     clients = [shared.send() for _ in range(5)]
     with closing(*clients):

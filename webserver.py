@@ -1286,7 +1286,8 @@ def describe_address(listener: socket.SocketType, scheme: str) -> str:
 # has one writer at a time. State and time are one aligned double: no reader sees one without the other. A store: 50 ns.
 # A text may be read half written; nothing but the order of requests and the logs depends on it.
 
-STOPPING, PRESSED, WANTED = 1, 2, 4  # orders: responses close; requests wait at the cap; one waits for a fork
+# Orders: responses close; requests wait at the cap; a request waits for a fork; it has waited for long
+STOPPING, PRESSED, WANTED, LATE = 1, 2, 4, 8
 RECORD = struct.Struct("=44s196s")  # the client, and the request-line
 give_way = getattr(os, "sched_yield", lambda: None)  # sched_yield(2), which not every system has
 SLOT_SIZE = 36 * 8  # six numbers and a record; small, so that the first slots share one page of memory
@@ -1314,8 +1315,7 @@ class Scoreboard:
 
     def order(self, order: int, is_wanted: bool) -> None:
         """Give this order to all children, or withdraw it."""
-        if bool(self.orders[0] & order) != is_wanted:
-            self.orders[0] ^= order
+        self.orders[0] = self.orders[0] | order if is_wanted else self.orders[0] & ~order
 
     def retire(self, deadline: float) -> None:
         """Tell all present children to leave, by this time at the latest (monotonic seconds)."""
@@ -1422,13 +1422,22 @@ class Slot:
         is_in_time = now + TICK < self.leave_by[self.index] < UNBOUNDED
         return is_in_time and not self.is_told(PRESSED | STOPPING)
 
+    def step_back(self) -> None:
+        """Leave the processor to the parent, which must fork; if a request has waited for long, for up to 60 ms."""
+        # The parent has one of many equal shares of the processor: beside 200 busy children, a fork took 20 ms.
+        give_way()
+        pause = 0.001
+        while self.is_told(LATE) and pause < 0.05:
+            time.sleep(pause)
+            pause *= 2
+
     def may_wait(self) -> bool:
         """Note that a request is done, give way to a parent that must fork, return whether to wait for the next."""
         orders, now = self.orders[0], self.mark_silent()
         if not orders and now <= self.check_at:  # what follows would cost 5 % after each request
             return True
         if orders & WANTED:
-            give_way()  # the parent competes with all busy children, and a request waits for its fork
+            self.step_back()
         return not (orders & PRESSED or self.must_leave(now))
 
 
@@ -1811,6 +1820,7 @@ ALARM_SLACK = 0.25  # seconds beyond the timeout until the parent interrupts a r
 CLIENT_SLACK = 3.0  # the same for a wait for the client, which a child ends by itself, but looks only once in a TICK
 LAST_CALL = 1.0  # seconds from a stop to the close of connections at rest, whose next request may be under way
 FORK_DELAY = 0.01  # seconds without a spare child until the next fork; a child that is reaped ends the delay
+LATE_AFTER = 0.05  # seconds that a request may wait for a fork until children step back for the parent
 FAIR_ORDER_EVERY = 0.05  # seconds between two sorts of the requests that wait: each reads the whole scoreboard
 TOTALS = "forks", "reaped", "crashes", "timeouts", "requests", "ms of processor"
 ADVICE_AFTER, EXPENSIVE, FEW_REQUESTS = 100, 20.0, 4  # processes reaped; per process: ms of processor, requests
@@ -1889,6 +1899,7 @@ class Queue:
         self.put_in = 0  # requests, since the start of this program
         self.taken_before = -sum(board.taken)  # of these, by children that were reaped; less those before a reload
         self.fair_at = 0.0  # when the requests that wait are sorted again
+        self.check_at, self.checked = 0.0, 0  # when `check_delay` is due; the requests put in before the last time
         self.least_spare = self.uncounted = 0  # the fewest since the last TICK; requests not counted as taken
         self.idle: set[int] = set()  # slots of children that waited at the last TICK beside a request in the queue
 
@@ -1919,6 +1930,12 @@ class Queue:
     def count_taken(self) -> int:
         """Return how many requests the children have taken out."""
         return self.taken_before + sum(self.board.taken[: self.board.used])
+
+    def check_delay(self, now: float) -> None:
+        """Tell children to step back if a request that waits for a fork was put in before the last check."""
+        if now >= self.check_at:
+            self.board.order(LATE, self.count_taken() < self.checked)
+            self.check_at, self.checked = now + LATE_AFTER, self.put_in
 
     def count_spare(self) -> int:
         """Return how many more children wait than the queue has requests; below 0, so many children are missing."""
@@ -2000,7 +2017,7 @@ class Parent:
         # back for their next connection; the delay starts anew if they have taken all requests put in before it began.
         if spare > 0 or len(self.board.children) >= self.cap or (spare == 0 and self.stop_at):
             self.fork_at = None
-            self.board.order(WANTED, False)
+            self.board.order(WANTED | LATE, False)
             return self.tick_at
         if self.fork_at is None or (now >= self.fork_at > 0 > spare and self.queue.count_taken() >= self.put_in_before):
             self.fork_at, self.put_in_before = now + FORK_DELAY, self.queue.put_in
@@ -2010,6 +2027,7 @@ class Parent:
         if now < self.fork_at:
             return self.fork_at
         self.board.order(WANTED, spare < 0)
+        self.queue.check_delay(now)
         self.fork_at = now if spare < -1 else now + FORK_DELAY
         self.fork()
         return self.fork_at if spare < 0 else self.tick_at
@@ -3021,8 +3039,9 @@ def prepare_to_fork(options: Options) -> None:
     if options.limit_memory:
         limit_memory(options.limit_memory)
     flush_output()  # else each child would flush a copy
-    gc.collect()
-    gc.freeze()  # a collection in a child would write to, and so copy, all that it inherited
+    # A collection in a child would write to, and so copy, all that it inherited. None before, either: what it frees,
+    # each process would use again, and so copy (5 % of the page faults).
+    gc.freeze()
 
 
 # ---- 20. Application --------------------------------------------------------
