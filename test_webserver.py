@@ -343,13 +343,14 @@ def read_answer(client: socket.socket) -> Answer:
 
 
 @contextlib.contextmanager
-def connected(application: Any = echo, **options: Any) -> Iterator[socket.socket]:
+def connected(application: Any = echo, orders: int = 0, **options: Any) -> Iterator[socket.socket]:
     """The client's end of a connection that the server serves in a thread; on leaving, the server must have ended."""
     client, server = socket.socketpair()
     client.settimeout(PATIENCE)
     webserver.set_clock(server)
     settings = webserver.Options(**{"access_log": "off", **options})
     slot = webserver.Slot(webserver.Scoreboard(1))
+    slot.board.order(orders, True)
 
     def serve_to_the_end() -> None:
         while webserver.serve_connection(application, settings, server, ("192.0.2.7", 4711), slot):
@@ -1443,6 +1444,15 @@ def test_lingers_so_that_a_client_still_sending_reads_the_413(fields: tuple[byte
         client.sendall(NEXT)
         client.shutdown(socket.SHUT_WR)
         assert [answer.status for answer in parse_answers(receive_all(client))] == [413]
+
+
+def test_lingers_also_while_another_request_waits_for_a_fork() -> None:
+    with connected(echo, orders=webserver.WANTED | webserver.LATE, limit_request_body=1000) as client:
+        client.sendall(post(b"Content-Length: 4000000", body=b"x"))
+        assert receive_all(client).startswith(b"HTTP/1.1 413 ")
+        for _ in range(3):
+            time.sleep(0.05)
+            client.sendall(b"x" * 1000)  # BrokenPipeError if the server has closed
 
 
 def test_leaves_a_refused_client_that_never_closes(monkeypatch: Any) -> None:
@@ -3134,13 +3144,13 @@ def test_children_step_back_while_a_request_waits_long_for_a_fork() -> None:
     board.allot()
     queue.put_in = 1
     for now, is_late in (10.0, False), (10.04, False), (10.06, True), (10.2, True):
-        queue.check_delay(now)
+        queue.check_lateness(now)
         assert slot.is_told(webserver.LATE) is is_late, now
     board.order(webserver.WANTED, True)
     began = time.monotonic()
     assert slot.may_wait() and time.monotonic() > began + 0.06
     board.taken[0] = 1
-    queue.check_delay(10.3)
+    queue.check_lateness(10.3)
     assert not slot.is_told(webserver.LATE) and slot.is_told(webserver.WANTED)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A WSGI server in one file: a request is served by a process of its own, a connection at rest costs a descriptor.
+"""A WSGI server in one file: a connection at work has a process of its own, a connection at rest costs a descriptor.
 
     python3 webserver.py                      a page that shows what an application sees, on 127.0.0.1:8000
     python3 webserver.py module:app           the application `app` of `module`; `module:factory()` calls a factory
@@ -23,7 +23,7 @@ Sources, cited where a rule is enforced: RFC 9110 (HTTP semantics), RFC 9112 (HT
 (WSGI), and the man pages waitpid(2), signal(7), socket(7), tcp(7), unix(7), sd_listen_fds(3) and sd_notify(3).
 """
 
-# No heavy module is imported here: every fork would copy it. One that few processes need is imported where it is used.
+# A module that few processes need is imported where it is used: every fork would copy it.
 from __future__ import annotations
 
 import argparse
@@ -119,7 +119,7 @@ TICK = 1.0  # a process that waits checks its deadlines and its orders once in t
 HEAD_TIMEOUT = 10.0  # 408; from the first byte of a head to its last. A connection without a first byte is closed then
 MIN_RATE = 500  # 408; bytes a second that a client must send or take on average, as Apache's mod_reqtimeout wants
 MIN_RATE_GRACE = 20.0  # the average counts once the waits for the client add up to more than this, in one request
-MIN_RATE_PRESSED = 32768  # the same under pressure, in each second: a third of what a slow but honest client takes
+MIN_RATE_PRESSED = 32768  # the same under pressure, in each second; an honest client on a slow line takes 3 times that
 LINGER_TIMEOUT = 30.0  # to read and drop what a client still sends before the close, as nginx's lingering_time
 LINGER_SILENCE = 2.0  # the longest silence of the client within that time
 RECEIVE_SIZE = 65536  # one recv
@@ -209,17 +209,19 @@ HOP_BY_HOP_FIELDS = frozenset((
 
 # ---- 3. Stream --------------------------------------------------------------
 # In part one, only Stream receives and sends. The kernel ends every wait after a second (SO_RCVTIMEO, SO_SNDTIMEO,
-# socket(7)), which costs nothing while bytes flow. Then the process checks the deadline and its orders.
+# socket(7)), which costs nothing while bytes flow. Then the process checks the deadline and its orders (section 11).
 
 ONE_SECOND = struct.pack("@ll", 1, 0)  # a struct timeval
-DONT_WAIT = int(socket.MSG_DONTWAIT)  # a plain number: the member of an enumeration costs each fork some pages
+# As plain numbers: a member of an enumeration costs each fork some copied pages
+DONT_WAIT, STREAM = int(socket.MSG_DONTWAIT), int(socket.SOCK_STREAM)
 
 
 class Stream:
     """Owns a connected socket and the bytes received from it but not yet consumed."""
 
-    # A method raises ClientGoneError if the client has closed or was cut off. It raises ClientSilentError if the client
-    # sends nothing for the timeout, or for a second while requests wait for a process, or less than `Pace` asks for.
+    # A method, `receive_at_rest` apart, raises ClientGoneError if the client has closed or was cut off. It raises
+    # ClientSilentError if the client sends nothing for the timeout, or for a second while requests wait for a process,
+    # or less than `Pace` asks for.
     __slots__ = ("buffer", "pace", "preface", "previous_head", "rest_timeout", "slot", "sock", "timeout")
 
     def __init__(self, sock: Any, slot: Slot, timeout: float) -> None:
@@ -331,7 +333,7 @@ class Stream:
         with suppress(OSError, ClientSilentError):  # the client has gone
             self.sock.shutdown(socket.SHUT_WR)
             while self.slot.mark_silent() < min(began + LINGER_TIMEOUT, heard + LINGER_SILENCE):
-                is_hasty = self.slot.orders[0] != 0  # a stop, or other requests wait: drop only what is here already
+                is_hasty = self.slot.is_told(STOPPING | PRESSED)  # then drop only what is here already
                 try:
                     if not self.sock.recv(RECEIVE_SIZE, DONT_WAIT if is_hasty else 0):
                         return
@@ -1145,7 +1147,6 @@ def log_exception(error: BaseException, line: bytes = b"") -> None:
 # An address -> a socket that listens: opened here, or inherited from a service manager (socket(7), sd_listen_fds(3)).
 
 BACKLOG = 1024  # connections that the kernel holds until they are accepted; it caps the number at net.core.somaxconn
-STREAM = int(socket.SOCK_STREAM)  # as a plain number: a member of an enumeration costs each fork some copied pages
 ADDRESS = re.compile(r"unix:(.+)|fd:([0-9]{1,9})|(\[[^\[\]]+\]|[^\[\]:]*):([0-9]{1,5})", re.ASCII | re.DOTALL)
 ADVICE = {
     errno.EADDRINUSE: "; another program listens there: stop it, or choose another address with --bind",
@@ -1169,8 +1170,8 @@ class Listener:
         self.file = os.stat(self.path) if os.path.exists(self.path) else None
         self.sock.setblocking(False)
         set_clock(self.sock)
-        if not self.is_unix:  # each connection inherits these options, and the clock (tcp(7))
-            # Else a small block waits 40 ms for the acknowledgement of the block before it.
+        if not self.is_unix:  # a TCP connection inherits the clock, and these options (tcp(7))
+            # Without TCP_NODELAY, a small block waits 40 ms for the acknowledgement of the block before it.
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if hasattr(socket, "TCP_DEFER_ACCEPT"):  # accepted with its first bytes, mostly a whole head
                 self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, int(HEAD_TIMEOUT))
@@ -1191,7 +1192,7 @@ class Listener:
 
 
 def adopt(family: int, fd: int) -> socket.SocketType:
-    """Return a connection that this process has received as a socket that blocks, so that its clock counts."""
+    """Return a socket for the descriptor of a connection; it blocks, since `set_clock` bounds only such a wait."""
     sock = socket.SocketType(family, STREAM, 0, fd)
     sock.setblocking(True)  # an application may set a default timeout; on BSD, O_NONBLOCK is that of the listener
     return sock
@@ -1233,8 +1234,7 @@ def open_listener(bind: str, mode: str) -> int:
 
 def parse_address(bind: str) -> Sequence[str]:
     """Return the path, descriptor, host and port of an address, None for what it lacks; StartError if malformed."""
-    match = ADDRESS.fullmatch(bind)
-    if not match or int(match.group(4) or 0) > 65535:
+    if not (match := ADDRESS.fullmatch(bind)) or int(match[4] or 0) > 65535:
         raise StartError("not an address: %r; write HOST:PORT, [::1]:PORT, :PORT, unix:PATH or fd:N" % bind, 2)
     return match.groups()
 
@@ -1283,10 +1283,10 @@ def describe_address(listener: socket.SocketType, scheme: str) -> str:
 
 # ---- 11. Scoreboard ---------------------------------------------------------
 # Memory that the parent and the children share, with a slot for each child. It has no lock: each number but `leave_by`
-# has one writer at a time. State and time are one aligned double: no reader sees one without the other. A store: 50 ns.
+# has one writer at a time. State and time are one aligned double: no reader sees one without the other.
 # A text may be read half written; nothing but the order of requests and the logs depends on it.
 
-# Orders: responses close; requests wait at the cap; a request waits for a fork; it has waited for long
+# Orders, in this sequence: responses close; requests wait at the cap; a request waits for a fork; it waits too long
 STOPPING, PRESSED, WANTED, LATE = 1, 2, 4, 8
 RECORD = struct.Struct("=44s196s")  # the client, and the request-line
 give_way = getattr(os, "sched_yield", lambda: None)  # sched_yield(2), which not every system has
@@ -1299,7 +1299,8 @@ class Scoreboard:
     The parent writes `pids` (0: no child). Parent and child write `leave_by` (when the child must have left; 0: it may
     stay). The child writes the counts of connections `taken` and of `requests`, the texts, `waiting` (1 while it waits
     at the queue) and `since` (monotonic seconds: positive while a request is in hand, negative while the child waits
-    for the client, 0 without a connection). The parent writes these before and after its life, and `waiting` if stuck.
+    for the client, 0 without a connection). Before and after the life of a child, the parent writes all of them. It
+    also clears `waiting` of a child that is stuck.
     """
 
     def __init__(self, slots: int, fd: int = -1) -> None:
@@ -1422,23 +1423,22 @@ class Slot:
         is_in_time = now + TICK < self.leave_by[self.index] < UNBOUNDED
         return is_in_time and not self.is_told(PRESSED | STOPPING)
 
-    def step_back(self) -> None:
-        """Leave the processor to the parent, which must fork; if a request has waited for long, for up to 60 ms."""
-        # The parent has one of many equal shares of the processor: beside 200 busy children, a fork took 20 ms.
-        give_way()
-        pause = 0.001
-        while self.is_told(LATE) and pause < 0.05:
-            time.sleep(pause)
-            pause *= 2
-
     def may_wait(self) -> bool:
-        """Note that a request is done, give way to a parent that must fork, return whether to wait for the next."""
+        """Note that a request is done, step back for a parent that must fork, return whether to wait for the next."""
         orders, now = self.orders[0], self.mark_silent()
         if not orders and now <= self.check_at:  # what follows would cost 5 % after each request
             return True
         if orders & WANTED:
             self.step_back()
         return not (orders & PRESSED or self.must_leave(now))
+
+    def step_back(self) -> None:
+        """Leave the processor to the parent, which must fork: for a moment, or under the order LATE for up to 63 ms."""
+        # The parent has one of many equal shares of the processor: beside 200 busy children, a fork took 20 ms.
+        give_way()
+        for pause in (0.001, 0.002, 0.004, 0.008, 0.016, 0.032):
+            if self.is_told(LATE):
+                time.sleep(pause)
 
 
 # ---- 12. Child --------------------------------------------------------------
@@ -1465,8 +1465,9 @@ class Channel:
     # macOS has no SOCK_SEQPACKET, but its datagrams between two sockets stay in order, too.
     KIND = socket.SOCK_DGRAM if sys.platform == "darwin" else socket.SOCK_SEQPACKET
 
-    def __init__(self, *ends: socket.socket) -> None:
-        self.receiver, self.sender = ends or socket.socketpair(socket.AF_UNIX, self.KIND)
+    def __init__(self, *fds: int) -> None:
+        ends = [socket.socket(fileno=fd) for fd in fds] or socket.socketpair(socket.AF_UNIX, self.KIND)
+        self.receiver, self.sender = ends
         self.receiver.setblocking(True)
         self.sender.setblocking(False)
         set_clock(self.receiver)
@@ -1477,8 +1478,8 @@ class Channel:
 
     def receive(self, flags: int = 0, space: int = socket.CMSG_SPACE(4), size: int = 128) -> tuple[bytes, bytes]:
         """Return the next message and its packed descriptors, b"" at the end; BlockingIOError if a second passes."""
-        message, rights, flags, _ = self.receiver.recvmsg(size, space, flags | CLOSE_ON_EXEC)
-        if flags & CUT_OFF:  # the kernel has closed the descriptors beyond the limit of this process
+        message, rights, result, _ = self.receiver.recvmsg(size, space, flags | CLOSE_ON_EXEC)
+        if result & CUT_OFF:  # the kernel has closed the descriptors beyond the limit of this process
             log_throttled("connections are lost: %s" % os.strerror(errno.EMFILE))
         return message, rights[0][2] if rights else b""
 
@@ -1498,10 +1499,8 @@ def wait_readable(sock: socket.SocketType, seconds: float) -> bool:
 class Child:
     """Owns the life of a serving process, from fork to exit. The parent makes it, and each fork has a copy of it."""
 
-    def __init__(
-        self, serve: Service, family: int, queue: Channel, mailbox: Channel, board: Scoreboard, options: Options
-    ) -> None:
-        self.serve_connection, self.family, self.queue, self.mailbox = serve, family, queue, mailbox
+    def __init__(self, serve: Service, family: int, mailbox: Channel, board: Scoreboard, options: Options) -> None:
+        self.serve_connection, self.family, self.queue, self.mailbox = serve, family, Channel(), mailbox
         self.options = options
         self.connections = options.connections_per_child  # kept here: a look-up in Options costs each fork some pages
         self.slot = Slot(board)
@@ -1514,8 +1513,9 @@ class Child:
         """Give up what is the parent's, serve as the child in this slot, and exit: the parent's code must not go on."""
         status = 1
         try:
+            self.slot.attach(self.slot.board, index, os.getpid())  # first: `give_up` may fail, and a signal may come
             give_up()
-            self.serve_connections(index)
+            self.serve_connections()
             status = 0
         except SystemExit as error:  # in a process that the application has forked
             status = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -1523,15 +1523,14 @@ class Child:
             log_exception(error)
         finally:
             self.slot.mark_progress()  # the exit has the timeout of a request
-            give_way()  # a client that waits for this processor would wait a millisecond more, until the exit is done
+            give_way()  # else a client on this processor waits a millisecond more: the exit takes that long
             exit_child(status)
 
-    def serve_connections(self, index: int) -> None:
+    def serve_connections(self) -> None:
         """Serve connections from the queue, up to --connections-per-child, or until this child is to leave."""
-        self.slot.attach(self.slot.board, index, os.getpid())
         if not (self.slot.is_told(WANTED) or wait_readable(self.queue.receiver, IDLE_AFTER)):
-            # The first write to a page that is shared with the parent copies it: a third of the time to an answer,
-            # unless it was done before.
+            # The first write to a page that is shared with the parent copies the page. Done before the first request,
+            # these copies are no part of its time, of which they would be a third.
             with suppress(OSError, MemoryError):
                 rehearse(1)
         left = self.connections  # 0, no limit: it is negative from the first connection on
@@ -1541,7 +1540,7 @@ class Child:
             if left == 0 or self.slot.must_leave(time.monotonic()):
                 return
             self.slot.mark_waiting(True)
-        self.slot.mark_waiting(False)
+        self.slot.mark_waiting(False)  # else `record_exit` would take this for a child that died unused
 
     def receive_connection(self) -> tuple[socket.SocketType, float] | None:
         """Return the next connection, and by when its head must be complete; None if this child is to leave."""
@@ -1615,22 +1614,12 @@ def exit_child(status: int) -> NoReturn:
         os._exit(status)  # even if an exit handler has raised
 
 
-def flush_output() -> None:
-    """Flush the buffers of sys.stdout and sys.stderr, as far as possible."""
-    for file in (sys.stdout, sys.stderr):
-        try:
-            file.flush()
-        except (AttributeError, OSError, ValueError):
-            pass  # the stream is None, has no reader, or is closed
-
-
 # ---- 13. Reactor ------------------------------------------------------------
 # The connections that no child works at: accepted, at rest, ready for a child, given back, expired. One selector
 # watches them, the listener and the mailbox. The parent looks at received bytes, but consumes none (MSG_PEEK, recv(2)).
 
 PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 ACCEPT_AT_ONCE = 64  # connections, before other events have their turn
-SPACE, MEMOS = socket.CMSG_SPACE(MAX_DESCRIPTORS * DESCRIPTOR.size), MAX_DESCRIPTORS * 64  # bytes
 
 
 class Connection:
@@ -1646,7 +1635,7 @@ class Connection:
 
 
 def find_group(host: str) -> Any:
-    """Return what identifies the client at an address: the address, or of IPv6 the /64, all of which one client has."""
+    """Return what identifies the client at an address: the address, or the /64 of IPv6, since one client has all."""
     host = strip_mapping(host)
     with suppress(OSError):  # a part of an address, which its child is just writing to the scoreboard
         return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8] if ":" in host else host
@@ -1655,15 +1644,15 @@ def find_group(host: str) -> Any:
 def order_fairly(ready: Iterable[Connection], board: Scoreboard) -> deque[Connection]:
     """Return the connections, sorted by the number of connections of the same client at work or ahead in line."""
     ahead = Counter(find_group(board.read_text(slot, 0)) for slot in range(board.used) if board.since[slot])
-    ranked: list[tuple[int, int, Connection]] = []
+    ranked: list[tuple[int, Connection]] = []
     for connection in ready:
         if connection.group is None:
             with suppress(OSError):  # the client has reset it
                 address = connection.sock.getpeername()
                 connection.group = find_group(address[0]) if isinstance(address, tuple) else "unix"
         ahead[connection.group] += 1
-        ranked.append((ahead[connection.group], len(ranked), connection))
-    return deque(connection for _, _, connection in sorted(ranked))
+        ranked.append((ahead[connection.group], connection))
+    return deque(connection for _, connection in sorted(ranked, key=lambda pair: pair[0]))
 
 
 class Reactor:
@@ -1795,7 +1784,7 @@ class Reactor:
     def stop_listening(self) -> None:
         """Accept the connections that are in the kernel's queue, and close the listener."""
         if not self.listener.is_foreign:
-            self.listener.sock.listen(0)
+            self.listener.sock.listen(0)  # the kernel's queue takes no newcomer any more: the loop below ends
         while wait_readable(self.listener.sock, 0) and self.accept():
             pass
         with suppress(KeyError):  # it is not watched
@@ -1820,9 +1809,9 @@ ALARM_SLACK = 0.25  # seconds beyond the timeout until the parent interrupts a r
 CLIENT_SLACK = 3.0  # the same for a wait for the client, which a child ends by itself, but looks only once in a TICK
 LAST_CALL = 1.0  # seconds from a stop to the close of connections at rest, whose next request may be under way
 FORK_DELAY = 0.01  # seconds without a spare child until the next fork; a child that is reaped ends the delay
-LATE_AFTER = 0.05  # seconds that a request may wait for a fork until children step back for the parent
+LATE_AFTER = 0.05  # seconds between two checks; a request that both find in the queue makes children step back
 FAIR_ORDER_EVERY = 0.05  # seconds between two sorts of the requests that wait: each reads the whole scoreboard
-TOTALS = "forks", "reaped", "crashes", "timeouts", "requests", "ms of processor"
+TOTALS = "forks", "reaped", "crashes", "timeouts", "requests", "ms of processor"  # the last less that before a reload
 ADVICE_AFTER, EXPENSIVE, FEW_REQUESTS = 100, 20.0, 4  # processes reaped; per process: ms of processor, requests
 SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)
 
@@ -1879,7 +1868,7 @@ class Signals:
 
     def unblock(self) -> None:
         """Restore the signal mask after the fork."""
-        if self.masks and (mask := self.masks.pop(get_ident(), None)) is not None:
+        if (mask := self.masks.pop(get_ident(), None)) is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def leave(self) -> None:
@@ -1899,7 +1888,7 @@ class Queue:
         self.put_in = 0  # requests, since the start of this program
         self.taken_before = -sum(board.taken)  # of these, by children that were reaped; less those before a reload
         self.fair_at = 0.0  # when the requests that wait are sorted again
-        self.check_at, self.checked = 0.0, 0  # when `check_delay` is due; the requests put in before the last time
+        self.check_at, self.put_in_then = 0.0, 0  # when `check_lateness` is due; `put_in` at the last one
         self.least_spare = self.uncounted = 0  # the fewest since the last TICK; requests not counted as taken
         self.idle: set[int] = set()  # slots of children that waited at the last TICK beside a request in the queue
 
@@ -1931,11 +1920,11 @@ class Queue:
         """Return how many requests the children have taken out."""
         return self.taken_before + sum(self.board.taken[: self.board.used])
 
-    def check_delay(self, now: float) -> None:
-        """Tell children to step back if a request that waits for a fork was put in before the last check."""
+    def check_lateness(self, now: float) -> None:
+        """Tell children to step back if a request that was put in before the last check is still in the queue."""
         if now >= self.check_at:
-            self.board.order(LATE, self.count_taken() < self.checked)
-            self.check_at, self.checked = now + LATE_AFTER, self.put_in
+            self.board.order(LATE, self.count_taken() < self.put_in_then)
+            self.check_at, self.put_in_then = now + LATE_AFTER, self.put_in
 
     def count_spare(self) -> int:
         """Return how many more children wait than the queue has requests; below 0, so many children are missing."""
@@ -1944,7 +1933,7 @@ class Queue:
         return spare
 
     def look_after(self) -> None:
-        """Correct the counts, and tell all spare children but one to leave that were not needed since the last TICK."""
+        """Correct the counts; of the children that were spare ever since the last call, tell all but one to leave."""
         self.board.order(PRESSED, False)  # until `fill` gives the order again
         waiting = {slot for slot, is_waiting in enumerate(self.board.waiting[: self.board.used]) if is_waiting}
         if wait_readable(self.channel.receiver, 0):
@@ -1983,14 +1972,13 @@ class Parent:
         # A reload keeps the size of the scoreboard. The cap falls below `most` while the system refuses more processes.
         self.most = self.cap = min(options.max_children, len(self.board.pids))
         self.fork_at: float | None = 0.0  # when to fork the next child; None: no fork is due
-        self.put_in_before = 0  # how many requests were put in when `fork_at` was set
+        self.put_in_before = 0  # how many requests had been put in when the delay began
         self.fork_again_at = self.fork_pause = 0.0  # no fork before this; the pause after children that died unused
         self.tick_at = self.stop_at = 0.0  # when `watch` is due; when listening ends, 0 until a stop is asked for
         self.grace = options.graceful_timeout  # seconds from `stop_at` on for the requests in hand
         self.is_over, self.has_terminal = False, os.isatty(2)  # all has ended; stderr is a terminal
         self.told: dict[int, tuple[float, float]] = {}  # by slot: the `since` that was interrupted, and when
-        self.totals: dict[str, float] = dict.fromkeys(TOTALS, 0)
-        self.totals["ms of processor"] -= count_processor()  # of the children before a reload
+        self.totals: dict[str, float] = {**dict.fromkeys(TOTALS, 0), "ms of processor": -count_processor()}
 
     def run(self) -> None:
         """Serve until the server is stopped and the last child is reaped."""
@@ -2013,21 +2001,21 @@ class Parent:
 
     def keep_spare(self, now: float, spare: int) -> float:
         """Fork a child soon after the last spare one got work, or at once for a request; return when to call again."""
-        # A fork takes the processor from the child that answers. A request waits for the delay, too, if children come
-        # back for their next connection; the delay starts anew if they have taken all requests put in before it began.
+        # The delay leaves the processor to the child that answers. A request waits for it, too, if children serve
+        # several connections; it starts anew if they have taken all requests that were put in before it began.
         if spare > 0 or len(self.board.children) >= self.cap or (spare == 0 and self.stop_at):
             self.fork_at = None
             self.board.order(WANTED | LATE, False)
             return self.tick_at
-        if self.fork_at is None or (now >= self.fork_at > 0 > spare and self.queue.count_taken() >= self.put_in_before):
-            self.fork_at, self.put_in_before = now + FORK_DELAY, self.queue.put_in
         if spare < 0 and self.child.connections == 1:
             self.fork_at = now
+        elif self.fork_at is None or now >= self.fork_at > 0 > spare and self.queue.count_taken() >= self.put_in_before:
+            self.fork_at, self.put_in_before = now + FORK_DELAY, self.queue.put_in
         self.fork_at = max(self.fork_at, self.fork_again_at)
+        self.board.order(WANTED, spare < 0 and now >= self.fork_at)
         if now < self.fork_at:
             return self.fork_at
-        self.board.order(WANTED, spare < 0)
-        self.queue.check_delay(now)
+        self.queue.check_lateness(now)
         self.fork_at = now if spare < -1 else now + FORK_DELAY
         self.fork()
         return self.fork_at if spare < 0 else self.tick_at
@@ -2035,7 +2023,7 @@ class Parent:
     def fork(self) -> None:
         """Fork a child that waits at the queue. If the system refuses, the present number is the cap until `watch`."""
         slot = self.board.allot()
-        make_date(int(time.time()))  # the child inherits the line
+        make_date(int(time.time()))  # the child inherits the cached field line
         try:
             pid = os.fork()
         except OSError as error:  # EAGAIN: a limit of processes, ENOMEM
@@ -2049,7 +2037,7 @@ class Parent:
         self.totals["forks"] += 1
 
     def give_up(self) -> None:
-        """Close what is the parent's, in the child. The wake-up descriptor stays: a signal is a byte in the mailbox."""
+        """Close what is the parent's, in the child. The sender of the mailbox stays: `give_back` and signals use it."""
         for sock in (self.child.queue.sender, self.child.mailbox.receiver):
             os.close(sock.fileno())
         self.reactor.close_copies()
@@ -2061,21 +2049,18 @@ class Parent:
         """Do what a signal asks for."""
         if signum == signal.SIGCHLD:
             self.reap()
-        elif signum in (signal.SIGTERM, signal.SIGINT):
-            self.stop()
-        elif signum == signal.SIGHUP and self.has_terminal and not os.isatty(2):
-            self.stop()  # the terminal was closed
-        elif signum == signal.SIGHUP and not self.stop_at:
-            self.reload.begin()
         elif signum == signal.SIGUSR1:
             report(self.queue, self.reactor, self.totals)
+        elif signum == signal.SIGHUP and (not self.has_terminal or os.isatty(2)):  # else the terminal was closed
+            if not self.stop_at:
+                self.reload.begin()
+        elif signum != signal.SIGALRM:
+            self.stop()
 
     def reap(self) -> None:
-        """Reap every child that has ended: until then it is a zombie, a pid and a wait status in the kernel.
-
-        One SIGCHLD may stand for several children: signals merge. So this repeats until no zombie is left, and does not
-        wait for living children (waitpid(2)). An unknown pid is the check of a reload, or an orphan given to PID 1.
-        """
+        """Reap every child that has ended: until then it is a zombie, a pid and a wait status in the kernel."""
+        # One SIGCHLD may stand for several children: signals merge. So this repeats until no zombie is left, and does
+        # not wait for living children (waitpid(2)). An unknown pid is a check of a reload, or an orphan given to PID 1.
         try:
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:  # 0: the children that are left live
                 if ended[0] in self.board.children:
@@ -2083,7 +2068,7 @@ class Parent:
                 else:
                     self.reload.end_check(*ended)
         except ChildProcessError:
-            pass  # there is no child at all
+            pass  # there is no child at all (`suppress`, here and in `take_back`, costs each fork 11 page faults)
         if self.stop_at or self.reload.has_passed:
             self.tick_at = 0.0
 
@@ -2147,7 +2132,7 @@ def end_service(now: float, stop_at: float, kill_at: float, reactor: Reactor, qu
 
 
 def enforce_deadlines(now: float, timeout: float, board: Scoreboard, told: dict[int, tuple[float, float]]) -> int:
-    """Interrupt children without progress; kill those that go on or should have left. Return the new interruptions."""
+    """Interrupt children without progress, kill those that go on or should have left; count the new interruptions."""
     count, late = 0, []
     for pid, slot in board.children.items():
         since = board.since[slot]  # read once: the child may change it meanwhile
@@ -2191,9 +2176,8 @@ def give_advice(totals: dict[str, float]) -> None:
 
 
 def count_processor() -> float:
-    """Return the milliseconds of processor that all children reaped so far have used (times(2))."""
-    times = os.times()
-    return (times.children_user + times.children_system) * 1000
+    """Return the milliseconds of processor that all processes reaped so far have used (times(2))."""
+    return sum(os.times()[2:4]) * 1000  # children_user and children_system
 
 
 def report(queue: Queue, reactor: Reactor, totals: dict[str, float]) -> None:
@@ -2241,6 +2225,7 @@ def serve_alone(child: Child, reactor: Reactor, signals: Signals) -> None:
 #     5. serve             the parent also reaps the old children, whose deadlines are on the scoreboard
 
 CHECK_TIMEOUT = 30.0  # seconds for new code to load
+SPACE, MEMOS = socket.CMSG_SPACE(MAX_DESCRIPTORS * DESCRIPTOR.size), MAX_DESCRIPTORS * 64  # bytes of a full message
 LOADING_IS_SLOW = 10  # seconds until the log says that the application is still loading
 CHECK_PASSED = 93  # the exit status of a passed check; not 0, with which a module may end the process while it loads
 
@@ -2322,7 +2307,7 @@ class Reload:
             fds, memos = zip(*held[first : first + MAX_DESCRIPTORS])
             try:
                 carried.send(BACK + b"\n".join(memos), *fds)
-            except OSError as error:  # more than 70,000, or more than the user may have in messages (unix(7))
+            except OSError as error:  # over 70,000 connections, or more than the user may have in messages (unix(7))
                 log_error("connections at rest are lost in the reload: %s" % error.strerror)
         run_exit_handlers()  # execve(2) runs none: what the old code has started would go on
         flush_output()
@@ -2597,10 +2582,6 @@ class Transport:
         self.is_proxied, self.path = options.proxy_protocol, options.script_name
         self.context, self.rest_timeout = make_tls_context(options), max(options.keep_alive, TICK)
 
-    def has_preface(self) -> bool:
-        """Return whether anything precedes HTTP on a connection."""
-        return bool(self.context or self.is_proxied)
-
     def wrap(self, application: Application) -> Application:
         """Return the application, wrapped if proxies are believed or if it is mounted under --script-name."""
 
@@ -2874,6 +2855,15 @@ def exit_at_once(status: int) -> NoReturn:
     os._exit(status)
 
 
+def flush_output() -> None:
+    """Flush the buffers of sys.stdout and sys.stderr, as far as possible."""
+    for file in (sys.stdout, sys.stderr):
+        try:
+            file.flush()
+        except (AttributeError, OSError, ValueError):
+            pass  # the stream is None, has no reader, or is closed
+
+
 def notify(state: str) -> None:
     """Tell the service manager a state, if it has set NOTIFY_SOCKET (sd_notify(3))."""
     if path := os.environ.get("NOTIFY_SOCKET", ""):
@@ -2903,7 +2893,7 @@ def make_shared_file(size: int) -> int:
 # What all processes inherit: an application that is loaded and warm, and nothing that a fork would double or lose.
 
 REHEARSAL = b"GET %s HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\nConnection: close\r\n\r\n"
-REHEARSALS = 12  # requests, after which the interpreter has specialised the code that serves one (PEP 659)
+REHEARSALS = 12  # requests; then the interpreter has specialised the code that serves a request (PEP 659)
 OPENED = {  # how a warning goes on: what the application has opened while it was loaded
     "connection": "has opened a connection to %s while it was loaded; all processes share it, and answers will be mixed"
     " up: open it in the request, or dispose of the pool after start-up",
@@ -2930,7 +2920,8 @@ def load_service(load: Callable[[], Application], options: Options) -> partial[b
     finally:
         if pid != os.getpid():
             exit_child(0)  # a process that the application has forked
-    return partial(serve_connection, application, options, transport=transport if transport.has_preface() else None)
+    has_preface = transport.context or transport.is_proxied  # else nothing precedes HTTP on a connection
+    return partial(serve_connection, application, options, transport=transport if has_preface else None)
 
 
 def warm_up(application: Application, options: Options, target: str) -> None:
@@ -2988,7 +2979,7 @@ class WarmUpSocket:
     def close(self, *_: Any) -> None:
         """Do nothing: there is no connection."""
 
-    shutdown = setsockopt = getsockname = close
+    shutdown = setsockopt = getsockname = close  # without a name, as a unix socket has none
 
 
 def find_opened() -> set[tuple[str, int, str]]:
@@ -3020,18 +3011,21 @@ def describe_peer(peer: Any) -> str:
 
 
 def rehearse(times: int) -> None:
-    """Serve the built-in page to ourselves; children inherit what the interpreter learns (5 % fewer page faults)."""
+    """Serve the built-in page to ourselves, the way that a child serves: before the forks, or in an idle new child."""
+    # Children inherit what the interpreter learns here (5 % fewer page faults). The memo marks the message in a strace.
     options = Options(access_log="off")
-    service, channel = partial(serve_connection, show_environ, options), Channel()
-    child = Child(service, socket.AF_UNIX, channel, channel, Scoreboard(1), options)
+    service = partial(serve_connection, show_environ, options)
+    child = Child(service, int(socket.AF_UNIX), Channel(), Scoreboard(1), options)
     for _ in range(times):
         client, server = socket.socketpair()
         client.sendall(REHEARSAL % b"/")
-        channel.send(DEADLINE.pack(UNBOUNDED) + b"rehearsal", server.fileno())
+        child.queue.send(DEADLINE.pack(UNBOUNDED) + b"rehearsal", server.fileno())
         server.close()
-        child.serve_connections(0)
+        child.slot.attach(child.slot.board, 0, os.getpid())
+        child.serve_connections()
         client.close()
-    channel.close()
+    child.queue.close()
+    child.mailbox.close()
 
 
 def prepare_to_fork(options: Options) -> None:
@@ -3039,8 +3033,8 @@ def prepare_to_fork(options: Options) -> None:
     if options.limit_memory:
         limit_memory(options.limit_memory)
     flush_output()  # else each child would flush a copy
-    # A collection in a child would write to, and so copy, all that it inherited. None before, either: what it frees,
-    # each process would use again, and so copy (5 % of the page faults).
+    # Without this, a collection in a child would write to all that the child has inherited, and so copy it. There is no
+    # gc.collect() before it: each child would write to the memory that it frees, and so copy it (5 % of page faults).
     gc.freeze()
 
 
@@ -3201,7 +3195,7 @@ def make_page(facts: str, rows: list[tuple[str, str]], start_response: StartResp
 
 USAGE = """webserver.py [options] [module:app | module:factory()]
 
-A WSGI server: a request is served by a process of its own, a connection at
+A WSGI server: a connection at work has a process of its own, a connection at
 rest costs a descriptor. Without an application it shows a page with the
 environ that an application would see."""
 ENVIRONMENT = """environment: WEBSERVER_OPTIONS holds options that come before those of the
@@ -3261,8 +3255,7 @@ def parse_command_line(words: list[str]) -> tuple[str, Options]:
 
 def read_environment() -> list[str]:
     """Return the words of WEBSERVER_OPTIONS, split as a shell does; StartError if a quote is left open."""
-    words = os.environ.get("WEBSERVER_OPTIONS", "")
-    if not words:
+    if not (words := os.environ.get("WEBSERVER_OPTIONS", "")):
         return []
     import shlex
 
@@ -3274,8 +3267,7 @@ def read_environment() -> list[str]:
 
 def parse_size(text: str) -> int:
     """Return the number of bytes in a text such as 512K; K, M and G are powers of 1024."""
-    match = re.fullmatch("([0-9]+)([KMG]?)", text, re.IGNORECASE)
-    if not match:
+    if not (match := re.fullmatch("([0-9]+)([KMGkmg]?)", text)):
         raise argparse.ArgumentTypeError("%r is not a size such as 1048576, 512K, 100M or 1G" % text)
     return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2].upper()]
 
@@ -3313,7 +3305,7 @@ def serve(application: Application, **options: Any) -> None:
 
 def start(load: Callable[[], Application], options: Options) -> None:
     """Check the options, bind, load the application, and serve; StartError."""
-    # Step 1: what needs no socket.
+    # Step 1: what needs no listening socket.
     options = check_options(options)
     open_standard_files()
     if options.check or os.environ.get("WEBSERVER_CHECK") == str(os.getpid()):
@@ -3328,11 +3320,11 @@ def start(load: Callable[[], Application], options: Options) -> None:
         bind=find_inherited_address() or options.bind, max_connections=raise_descriptor_limit(options.max_connections)
     )
     listener = Listener(kept[1] if kept else open_listener(options.bind, options.socket_mode), options.bind)
-    mailbox = Channel(*(socket.socket(fileno=fd) for fd in kept[2:4]))
+    mailbox = Channel(*kept[2:4])
     signals, held = Signals(mailbox.sender), ExitStack()  # what a process that the application forks must give up
     signals.detach = held.close
-    for sock in (listener.sock, mailbox.receiver, mailbox.sender):
-        held.callback(sock.close)
+    held.callback(listener.sock.close)
+    held.callback(mailbox.close)
     try:
         # Step 3: the application, and the loop. Until the application is loaded, a signal to stop ends the process.
         service = load_guarded(partial(load_service, load, options), signals, kept, bound_loading(options))
@@ -3346,8 +3338,8 @@ def start(load: Callable[[], Application], options: Options) -> None:
 def load_guarded(load: Callable[[], partial[bool]], signals: Signals, kept: list[int], seconds: float) -> partial[bool]:
     """Return the loaded service; meanwhile a signal to stop ends the process, even PID 1; StartError.
 
-    A reload raises none: if the load fails although the check has passed, the program is started again. If a load
-    takes more than these seconds, the process ends with status 1.
+    A reload raises none: if the load fails although the check has passed, the program is started again. If the module
+    takes more than these seconds, the process ends with status 1; each warm-up then has a deadline of its own.
     """
     signals.receiver = partial(end_loading, signals.pending, bool(kept))
     signals.catch(*(SIGNALS if kept else (signal.SIGTERM, signal.SIGALRM)))
@@ -3375,28 +3367,25 @@ def run(
     signals.catch(*(signum for signum in SIGNALS if signum not in left))
     size = 8 + options.max_children * SLOT_SIZE
     board = Scoreboard(1) if options.no_fork else Scoreboard(0, kept[0] if kept else make_shared_file(size))
-    reactor = Reactor(listener, mailbox, options)
-    child = Child(service, listener.family, Channel(), mailbox, board, options)
+    reactor, child = Reactor(listener, mailbox, options), Child(service, listener.family, mailbox, board, options)
     for close_copy in (child.detach, reactor.close_copies, child.queue.sender.close, reactor.selector.close):
         held.callback(close_copy)
     if board.fd >= 0:
         held.callback(os.close, board.fd)
     if kept:  # children may have ended while nothing noted it; and connections that no child had at the reload
         signals.pending.append(signal.SIGCHLD)
-        carried = Channel(*(socket.socket(fileno=fd) for fd in kept[4:6]))
+        carried = Channel(*kept[4:])
         with suppress(BlockingIOError):
             while True:
                 reactor.hold(*carried.receive(DONT_WAIT, SPACE, MEMOS), reactor.head_timeout)
         carried.close()
     prepare_to_fork(options)
-    alone = partial(serve_alone, child, reactor, signals)
-    loop: Any = alone if options.no_fork else Parent(child, reactor, signals, options).run
     if os.geteuid() == 0:
         log_error("running as root: let --user NAME give that up once the address is bound")
     address = describe_address(listener.sock, "https" if options.certfile else "http")
     log_error("serving on %s, pid %d" % (address, os.getpid()))
     notify("READY=1")
-    loop()
+    serve_alone(child, reactor, signals) if options.no_fork else Parent(child, reactor, signals, options).run()
     log_error("stopped")
 
 
