@@ -2707,6 +2707,18 @@ def test_leaves_the_socket_file_of_a_successor_alone(tmp_path: Any, monkeypatch:
             assert successor.stop() == 0 and not os.path.exists("socket")
 
 
+def test_leaves_the_socket_file_of_a_successor_alone_even_if_it_has_the_same_inode(tmp_path: Any) -> None:
+    path, link = str(tmp_path / "socket"), str(tmp_path / "link")
+    bind = "unix:" + path
+    listener = webserver.Listener(webserver.open_listener(bind, ""), bind)
+    os.link(path, link)
+    listener.close()
+    assert not os.path.exists(path)
+    os.link(link, path)
+    listener.close()
+    assert os.path.exists(path)
+
+
 @pytest.mark.parametrize("mode", ["600", "660", "0777"])
 def test_a_unix_socket_has_the_mode_that_was_asked_for(tmp_path: Any, mode: str) -> None:
     with Running(tmp_path, "--socket-mode", mode, bind="unix:socket", app=RUNS_QUERY):
@@ -2961,6 +2973,22 @@ def test_no_child_returns_into_the_code_that_called_serve(tmp_path: Any) -> None
         assert [server.get().status for _ in range(3)] == [200] * 3
         assert server.stop() == 0
         assert re.findall("cleanup by (.*)", server.output()) == [str(server.pid)]
+
+
+def test_a_child_that_fails_at_its_start_writes_into_no_other_slot() -> None:
+    code = """
+        import os, webserver
+        board = webserver.Scoreboard(2)
+        child = webserver.Child(None, 2, webserver.Channel(), board, webserver.Options())
+        pid = os.fork()
+        if pid == 0:
+            child.run(1, lambda: 1 / 0)
+        status = os.waitpid(pid, 0)[1]
+        print(os.WEXITSTATUS(status), board.since[0], board.since[1] > 0)
+    """
+    argv = (sys.executable, "-c", textwrap.dedent(code))
+    ran = subprocess.run(argv, cwd=os.path.dirname(WEBSERVER), capture_output=True)
+    assert ran.stdout.split() == [b"1", b"0.0", b"True"] and b"ZeroDivisionError" in ran.stderr
 
 
 # ---- 13. Reactor ------------------------------------------------------------
@@ -3233,6 +3261,43 @@ def test_survives_that_fork_fails(tmp_path: Any) -> None:
             os.remove(str(tmp_path / "no-fork"))
             assert [receive_answer(client).body for client in clients] == [b"served"] * 3
         assert len(re.findall("cannot fork", server.errors())) in (1, 2), server.errors()
+
+
+@on_linux
+def test_all_get_their_turn_where_the_system_allows_few_processes(tmp_path: Any) -> None:
+    app = textwrap.dedent(ANSWERS % "served") + textwrap.dedent("""
+    import os
+    real_fork, parent = os.fork, os.getpid()
+
+    def fork():
+        with open("/proc/%d/task/%d/children" % (parent, parent)) as file:
+            if len(file.read().split()) > 1:
+                raise BlockingIOError(11, "Resource temporarily unavailable")
+        return real_fork()
+
+    os.fork = fork
+    """)
+    answered, is_over = set(), threading.Event()
+
+    def ask(number: int) -> None:
+        while not is_over.is_set():  # it may have to give way, and then connects again
+            with contextlib.closing(server.connect()) as client, contextlib.suppress(OSError):
+                client.sendall(GET)
+                while client.recv(65536) and not is_over.is_set():
+                    answered.add(number)
+                    client.sendall(GET)
+
+    with Running(tmp_path, app=app) as server:
+        clients = [threading.Thread(target=ask, args=(number,), daemon=True) for number in range(8)]
+        for client in clients:
+            client.start()
+        try:
+            wait_until(lambda: len(answered) == 8, "an answer to each of the busy clients")
+        finally:
+            is_over.set()
+        for client in clients:
+            client.join(PATIENCE)
+        server.wait_for_log("cannot fork")
 
 
 def test_sigusr1_prints_who_does_what(tmp_path: Any) -> None:
@@ -5324,6 +5389,21 @@ def test_warns_of_threads_that_no_child_will_have(tmp_path: Any, starts: bool) -
     code = "\n    import threading\n    threading.Thread(target=time.sleep, args=(600,), name='ticker', daemon=True)"
     with Running(tmp_path, app=RUNS_QUERY + code + ".start()\n" * starts) as server:
         assert (re.search("thread.*ticker", server.errors()) is not None) == starts
+
+
+def test_a_rehearsal_that_fails_neither_hangs_nor_hides_an_interrupt(monkeypatch: Any, capfd: Any) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(webserver, "show_environ", fail)
+    error: BaseException = ValueError("in the page")
+    thread = threading.Thread(target=webserver.rehearse, args=(2,), daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert not thread.is_alive() and capfd.readouterr().err.count("ValueError: in the page") == 2
+    error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        webserver.rehearse(1)
 
 
 # ---- 20. Application --------------------------------------------------------

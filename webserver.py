@@ -1189,6 +1189,7 @@ class Listener:
         with suppress(OSError):  # the file is gone, or this user may not remove it
             if self.file and os.path.samestat(self.file, os.stat(self.path)):
                 os.unlink(self.path)
+        self.file = None  # a successor may get the same inode
 
 
 def adopt(family: int, fd: int) -> socket.SocketType:
@@ -2006,6 +2007,8 @@ class Parent:
         if spare > 0 or len(self.board.children) >= self.cap or (spare == 0 and self.stop_at):
             self.fork_at = None
             self.board.order(WANTED | LATE, False)
+            if spare < 0:  # the system has refused a fork for which a request was put in already
+                self.board.order(PRESSED, True)
             return self.tick_at
         if spare < 0 and self.child.connections == 1:
             self.fork_at = now
@@ -2300,6 +2303,7 @@ class Reload:
         notify("RELOADING=1")
         board, mailbox, carried = self.queue.board, self.reactor.mailbox, Channel()
         board.retire(time.monotonic() + self.options.graceful_timeout)
+        board.order(WANTED | LATE, False)
         for connection in [*self.reactor.resting.values()]:
             self.reactor.make_ready(connection)
         held = [(connection.sock.fileno(), connection.memo) for connection in self.reactor.ready] + self.queue.end()
@@ -3013,12 +3017,13 @@ def describe_peer(peer: Any) -> str:
 def rehearse(times: int) -> None:
     """Serve the built-in page to ourselves, the way that a child serves: before the forks, or in an idle new child."""
     # Children inherit what the interpreter learns here (5 % fewer page faults). The memo marks the message in a strace.
-    options = Options(access_log="off")
+    options = Options(access_log="off", no_fork=True)  # so that Ctrl-C ends the start
     service = partial(serve_connection, show_environ, options)
     child = Child(service, int(socket.AF_UNIX), Channel(), Scoreboard(1), options)
     for _ in range(times):
         client, server = socket.socketpair()
         client.sendall(REHEARSAL % b"/")
+        client.shutdown(socket.SHUT_WR)  # else an error would be followed by a wait for the client
         child.queue.send(DEADLINE.pack(UNBOUNDED) + b"rehearsal", server.fileno())
         server.close()
         child.slot.attach(child.slot.board, 0, os.getpid())
