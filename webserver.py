@@ -2019,9 +2019,9 @@ class Parent:
         if now < self.fork_at:
             return self.fork_at
         self.queue.check_lateness(now)
-        self.fork_at = now if spare < -1 else now + FORK_DELAY
         self.fork()
-        return self.fork_at if spare < 0 else self.tick_at
+        self.fork_at = None if spare >= 0 else now if spare < -1 else now + FORK_DELAY
+        return self.tick_at if self.fork_at is None else self.fork_at
 
     def fork(self) -> None:
         """Fork a child that waits at the queue. If the system refuses, the present number is the cap until `watch`."""
