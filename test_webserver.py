@@ -3182,6 +3182,21 @@ def test_children_step_back_while_a_request_waits_long_for_a_fork() -> None:
     assert not slot.is_told(webserver.LATE) and slot.is_told(webserver.WANTED)
 
 
+def test_forks_no_child_beside_the_answer_of_the_spare_one(monkeypatch: Any) -> None:
+    options, mailbox, forked = webserver.Options(), webserver.Channel(), []
+    listener = webserver.Listener(webserver.open_listener("127.0.0.1:0", ""), "")
+    child = webserver.Child(None, listener.family, mailbox, webserver.Scoreboard(4), options)
+    signals = webserver.Signals(mailbox.sender)
+    parent = webserver.Parent(child, webserver.Reactor(listener, mailbox, options), signals, options)
+    monkeypatch.setattr(parent, "fork", lambda: forked.append("a child"))
+    parent.keep_spare(10.0, 0)
+    assert len(forked) == 1, "the first spare child"
+    assert parent.keep_spare(20.0, 0) == 20.0 + webserver.FORK_DELAY and len(forked) == 1, "it has got a request"
+    parent.keep_spare(20.0 + webserver.FORK_DELAY, 0)
+    assert len(forked) == 2
+    assert parent.keep_spare(30.0, -1) == 30.0 + webserver.FORK_DELAY and len(forked) == 3, "a request waits"
+
+
 def test_waits_with_one_spare_process_and_returns_to_it(shared: Running) -> None:
     clients = [shared.send() for _ in range(5)]
     with closing(*clients):

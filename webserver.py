@@ -2228,9 +2228,9 @@ def serve_alone(child: Child, reactor: Reactor, signals: Signals) -> None:
 #     5. serve             the parent also reaps the old children, whose deadlines are on the scoreboard
 
 CHECK_TIMEOUT = 30.0  # seconds for new code to load
-SPACE, MEMOS = socket.CMSG_SPACE(MAX_DESCRIPTORS * DESCRIPTOR.size), MAX_DESCRIPTORS * 64  # bytes of a full message
 LOADING_IS_SLOW = 10  # seconds until the log says that the application is still loading
 CHECK_PASSED = 93  # the exit status of a passed check; not 0, with which a module may end the process while it loads
+SPACE, MEMOS = socket.CMSG_SPACE(MAX_DESCRIPTORS * DESCRIPTOR.size), MAX_DESCRIPTORS * 64  # bytes of a full message
 
 # How this program was started, to start it again: noted now, because the application may change all of it.
 STARTED_IN, STARTED_WITH = os.getcwd(), dict(os.environ)
