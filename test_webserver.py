@@ -4153,6 +4153,48 @@ def test_sighup_during_a_stop_starts_nothing(tmp_path: Any) -> None:
         assert server.process.wait(PATIENCE) == 0 and server.errors().count("serving on") == 1
 
 
+def test_signals_that_come_during_the_first_load_are_handled_behind_it(tmp_path: Any) -> None:
+    write_file(tmp_path / "app.py", "import os, time\n" + HELD + textwrap.dedent(ANSWERS % "old"))
+    server = Running(tmp_path, "app:app")
+    try:
+        server.wait_held()
+        server.process.send_signal(signal.SIGUSR1)
+        server.process.send_signal(signal.SIGHUP)
+        write_file(tmp_path / "go", "")
+        with server:
+            server.wait_for_log("connections at rest: 0")
+            wait_until(lambda: server.errors().count("serving on") == 2, "the reload")
+            assert server.answers("old") and server.stop() == 0
+    finally:
+        server.process.kill()
+
+
+@pytest.mark.parametrize("moment", ["load", "service"])
+def test_sighup_of_a_terminal_that_was_closed_ends_the_server(tmp_path: Any, moment: str) -> None:
+    head = "import os, time\n" + (HELD if moment == "load" else HOLDING)
+    write_file(tmp_path / "app.py", head + textwrap.dedent(ANSWERS % "here"))
+    terminal, stderr = os.openpty()
+    command, port = (*PROGRAM, "--access-log", "off"), free_port()
+    process = subprocess.Popen(
+        [*command, "--bind", "127.0.0.1:%d" % port, "app:app"], stderr=stderr, **make_options(tmp_path, None, {})
+    )
+    try:
+        os.close(stderr)
+        wait_until(lambda: any(name.startswith("held-") for name in os.listdir(str(tmp_path))), "the load")
+        if moment == "service":
+            said = b""
+            while b"serving on" not in said:
+                select.select([terminal], [], [], PATIENCE)
+                said += os.read(terminal, 4096)
+        os.close(terminal)
+        process.send_signal(signal.SIGHUP)
+        write_file(tmp_path / "go", "")
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait(PATIENCE)
+
+
 # By itself, after a save
 
 

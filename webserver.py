@@ -1814,7 +1814,7 @@ LATE_AFTER = 0.05  # seconds between two checks; a request that both find in the
 FAIR_ORDER_EVERY = 0.05  # seconds between two sorts of the requests that wait: each reads the whole scoreboard
 TOTALS = "forks", "reaped", "crashes", "timeouts", "requests", "ms of processor"  # the last less that before a reload
 ADVICE_AFTER, EXPENSIVE, FEW_REQUESTS = 100, 20.0, 4  # processes reaped; per process: ms of processor, requests
-SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD, signal.SIGALRM)
 
 
 class Signals:
@@ -1832,6 +1832,7 @@ class Signals:
         self.pending: list[int] = []
         self.receiver: Callable[[int], Any] = self.pending.append
         self.handlers: dict[int, Any] = {}  # by signal: the handler before ours
+        self.has_terminal = os.isatty(2)  # stderr is a terminal
         self.detach: Callable[[], None] | None = None  # called in a process that the application has forked
         self.masks: dict[int, Any] = {}  # by the thread in which the application forks: the signal mask before
         os.register_at_fork(before=self.block, after_in_parent=self.unblock, after_in_child=self.leave)
@@ -1851,6 +1852,10 @@ class Signals:
         """Note a signal; but drop SIGALRM, which raises an exception, during a fork: the parent sends it again."""
         if not (self.masks and signum == signal.SIGALRM):
             self.receiver(signum)
+
+    def has_lost_terminal(self) -> bool:
+        """Return whether the terminal was closed at which the server was started: then SIGHUP does not mean reload."""
+        return self.has_terminal and not os.isatty(2)
 
     def release(self) -> None:
         """Restore the handlers that were set before `catch`."""
@@ -1977,7 +1982,7 @@ class Parent:
         self.fork_again_at = self.fork_pause = 0.0  # no fork before this; the pause after children that died unused
         self.tick_at = self.stop_at = 0.0  # when `watch` is due; when listening ends, 0 until a stop is asked for
         self.grace = options.graceful_timeout  # seconds from `stop_at` on for the requests in hand
-        self.is_over, self.has_terminal = False, os.isatty(2)  # all has ended; stderr is a terminal
+        self.is_over = False  # the server has stopped, and the last child is reaped
         self.told: dict[int, tuple[float, float]] = {}  # by slot: the `since` that was interrupted, and when
         self.totals: dict[str, float] = {**dict.fromkeys(TOTALS, 0), "ms of processor": -count_processor()}
 
@@ -2054,7 +2059,7 @@ class Parent:
             self.reap()
         elif signum == signal.SIGUSR1:
             report(self.queue, self.reactor, self.totals)
-        elif signum == signal.SIGHUP and (not self.has_terminal or os.isatty(2)):  # else the terminal was closed
+        elif signum == signal.SIGHUP and not self.signals.has_lost_terminal():
             if not self.stop_at:
                 self.reload.begin()
         elif signum != signal.SIGALRM:
@@ -2201,7 +2206,7 @@ def report(queue: Queue, reactor: Reactor, totals: dict[str, float]) -> None:
 
 def serve_alone(child: Child, reactor: Reactor, signals: Signals) -> None:
     """Serve without other processes (--no-fork), one request at a time, until the server is stopped."""
-    while signal.SIGTERM not in signals.pending:
+    while not {signal.SIGTERM, signal.SIGHUP} & {*signals.pending}:
         reactor.wait(0.0 if reactor.ready else TICK)
         reactor.expire(time.monotonic())
         if reactor.ready:
@@ -3347,7 +3352,7 @@ def load_guarded(load: Callable[[], partial[bool]], signals: Signals, kept: list
     takes more than these seconds, the process ends with status 1; each warm-up then has a deadline of its own.
     """
     signals.receiver = partial(end_loading, signals.pending, bool(kept))
-    signals.catch(*(SIGNALS if kept else (signal.SIGTERM, signal.SIGALRM)))
+    signals.catch(*(SIGNALS if kept else SIGNALS[1:]))  # SIGINT ends a first load by KeyboardInterrupt
     signal.alarm(int(seconds) if kept else LOADING_IS_SLOW)
     try:
         return load()
@@ -3368,8 +3373,7 @@ def run(
 ) -> None:  # fmt: skip
     """Serve with children, or without, until a signal stops the server."""
     signals.receiver = signals.pending.append
-    left = (signal.SIGINT, signal.SIGHUP) if options.no_fork else ()  # for the debugger, and to end with the terminal
-    signals.catch(*(signum for signum in SIGNALS if signum not in left))
+    signals.catch(*(SIGNALS[1:] if options.no_fork else SIGNALS))  # SIGINT is the debugger's
     size = 8 + options.max_children * SLOT_SIZE
     board = Scoreboard(1) if options.no_fork else Scoreboard(0, kept[0] if kept else make_shared_file(size))
     reactor, child = Reactor(listener, mailbox, options), Child(service, listener.family, mailbox, board, options)
