@@ -2448,7 +2448,7 @@ def accept_tls(context: Any, stream: Stream, deadline: float) -> TLSSocket:
     try:
         while True:
             with suppress(BlockingIOError):
-                session.shake_hands()
+                session.attempt(session.session.do_handshake)
                 return session
             if stream.slot.mark_silent() >= (began + TICK if stream.slot.is_told(PRESSED) else deadline):
                 raise ClientGoneError(0)
@@ -2474,14 +2474,14 @@ class TLSSocket:
         """Return any other attribute of the socket."""
         return getattr(self.sock, name)
 
-    def shake_hands(self) -> None:
-        """Continue the handshake to its end; BlockingIOError if it has not ended within a second."""
-        self.attempt(self.session.do_handshake)
-
     def attempt(self, step: Callable[[], Any]) -> Any:
         """Repeat a step of the session until it has its records; return its result, BlockingIOError after a second."""
         until = time.monotonic() + TICK  # else a record that comes byte by byte would extend the wait
         while True:
+            if not (self.incoming.pending or self.session.pending()):
+                if not (records := self.sock.recv(RECEIVE_SIZE)):  # maybe a truncation (RFC 8446 §6.1)
+                    raise ConnectionResetError("the client has closed without close_notify")
+                self.incoming.write(records)
             try:
                 return step()
             except self.want_read:  # the record is incomplete
@@ -2490,13 +2490,6 @@ class TLSSocket:
             finally:
                 with suppress(OSError):  # a message of the handshake, an alert, or the answer to an update of the keys
                     self.push(DONT_WAIT)
-            self.fill()
-
-    def fill(self) -> None:
-        """Receive records; ConnectionResetError at an end without close_notify, maybe a truncation (RFC 8446 §6.1)."""
-        if not (records := self.sock.recv(RECEIVE_SIZE)):
-            raise ConnectionResetError("the client has closed without close_notify")
-        self.incoming.write(records)
 
     def push(self, flags: int = 0) -> None:
         """Send the records that are to be sent; BlockingIOError if the kernel does not take all of them."""
@@ -2511,8 +2504,6 @@ class TLSSocket:
         """Receive data, as recv(2) does; b"" after close_notify."""
         if self.is_ended:
             return self.sock.recv(size, flags)  # records, which `Stream.linger` drops
-        if not (self.incoming.pending or self.session.pending()):
-            self.fill()
         return bytes(self.attempt(partial(self.session.read, size)))
 
     def send(self, data: Any, flags: int = 0) -> int:
