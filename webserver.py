@@ -2419,22 +2419,18 @@ def make_tls_context(options: Options) -> Any:
         for path in filter(None, (options.certfile, options.keyfile, options.ca_certs)):
             open(path, "rb").close()  # ssl would not say which file it cannot read
         path = " with ".join(filter(None, (options.certfile, options.keyfile)))
-        context.load_cert_chain(options.certfile, options.keyfile or None, refuse_pass_phrase)
+        context.load_cert_chain(options.certfile, options.keyfile or None, "")  # no pass phrase: nobody can be asked
         if options.ca_certs:
             path, context.verify_mode = options.ca_certs, ssl.CERT_REQUIRED
             context.load_verify_locations(path)
     except ssl.SSLError as error:
-        is_other = error.reason == "KEY_VALUES_MISMATCH"
-        reason = "the key is that of another certificate" if is_other else "a certificate or a key is missing, as PEM"
+        reason = "a certificate or a key is missing, as PEM, or the key is locked by a pass phrase"
+        if error.reason == "KEY_VALUES_MISMATCH":
+            reason = "the key is that of another certificate"
         raise StartError("cannot use %s: %s" % (path, reason)) from None
     except OSError as error:
         raise StartError("cannot read %s: %s" % (path, error.strerror)) from None
     return context
-
-
-def refuse_pass_phrase() -> NoReturn:
-    """Refuse a locked key: a server that reloads has no person to ask for the pass phrase."""
-    raise StartError("the key of the certificate is locked: store it without a pass phrase, readable by few")
 
 
 def accept_tls(context: Any, stream: Stream, deadline: float) -> TLSSocket:
