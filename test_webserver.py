@@ -5419,8 +5419,8 @@ def test_what_is_opened_before_the_fork_is_named(tmp_path: Any) -> None:
         code += "    threading.Thread(target=time.sleep, args=(60,), daemon=True, name='pump').start()\n"
         with Running(tmp_path, app=code) as server:
             log = server.errors()
-            assert "the application has opened a connection to 127.0.0.1:%d while" % port in log
-            assert log.count("opened a connection") == 1 and re.search("threads.*pump", log)
+            assert "the application has left a connection to 127.0.0.1:%d open" % port in log
+            assert log.count("left a connection") == 1 and re.search("thread.*pump", log)
             assert server.get().body == b"ok"
 
 

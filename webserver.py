@@ -2890,15 +2890,8 @@ def make_shared_file(size: int) -> int:
 
 REHEARSAL = b"GET %s HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\nConnection: close\r\n\r\n"
 REHEARSALS = 12  # requests; then the interpreter has specialised the code that serves a request (PEP 659)
-OPENED = {  # how a warning goes on: what the application has opened while it was loaded
-    "connection": "has opened a connection to %s while it was loaded; all processes share it, and answers will be mixed"
-    " up: open it in the request, or dispose of the pool after start-up",
-    "thread": "has started threads, which no child will have (%s): start them in the request",
-}
-LEFT = {  # how a StartError goes on: what a warm-up has left open
-    "connection": "left a connection to %s open, which all processes would share: close it at the end of the request",
-    "thread": "left a thread running, which no process would have (%s): end it with the request",
-}
+LEFT_CONNECTION = "left a connection to %s open, which all processes share, and whose answers get mixed up: close it"
+LEFT_THREAD = "left a thread running, which no process will have (%s): start and end it in the request"
 
 
 def load_service(load: Callable[[], Application], options: Options) -> partial[bool]:
@@ -2909,8 +2902,8 @@ def load_service(load: Callable[[], Application], options: Options) -> partial[b
     try:
         application = transport.wrap(load())
         if not options.no_fork:  # else no process inherits what was opened
-            for kind, _, name in sorted(find_opened()):
-                log_error("the application " + OPENED[kind] % name)
+            for _, trouble in sorted(find_opened()):
+                log_error("the application has " + trouble)
             for target in options.warm_up:
                 warm_up(application, options, target)
     finally:
@@ -2937,8 +2930,7 @@ def warm_up(application: Application, options: Options, target: str) -> None:
         raise StartError("GET %s has failed while warming up: %s" % (target, reason))
     while left := sorted(find_opened() - before):
         if time.monotonic() > began + took + TICK:
-            kind, _, name = left[0]
-            raise StartError("GET %s %s, or warm up another path" % (target, LEFT[kind] % name))
+            raise StartError("GET %s %s, or warm up another path" % (target, left[0][1]))
         gc.collect()
         time.sleep(TICK / 20)  # a thread may need a moment to end
     log_error("warmed up: GET %s %d in %d ms" % (target, sock.status, took * 1000))
@@ -2978,8 +2970,8 @@ class WarmUpSocket:
     shutdown = setsockopt = getsockname = close  # without a name, as a unix socket has none
 
 
-def find_opened() -> set[tuple[str, int, str]]:
-    """Return kind, number and name of each connection to a named peer and of each thread but the main one."""
+def find_opened() -> set[tuple[int, str]]:
+    """Return a number and a text for each connection to a named peer and for each thread but the main one."""
     opened, timeout = set(), socket.getdefaulttimeout()
     socket.setdefaulttimeout(None)  # socket.socket would set it for sockets that are only looked at
     with suppress(OSError):  # there is no /dev/fd
@@ -2991,11 +2983,11 @@ def find_opened() -> set[tuple[str, int, str]]:
                 finally:
                     sock.detach()
                 if fd > 2 and peer and not is_log:  # processes may share a log: of syslog, or of systemd at stderr
-                    opened.add(("connection", fd, describe_peer(peer)))
+                    opened.add((fd, LEFT_CONNECTION % describe_peer(peer)))
     socket.setdefaulttimeout(timeout)
     if threading := sys.modules.get("threading"):
         others = set(threading.enumerate()) - {threading.main_thread()}
-        opened |= {("thread", thread.ident, thread.name) for thread in others}
+        opened |= {(thread.ident or 0, LEFT_THREAD % thread.name) for thread in others}
     return opened
 
 
