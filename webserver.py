@@ -3338,12 +3338,11 @@ def load_guarded(load: Callable[[], partial[bool]], signals: Signals, kept: list
     except StartError as reason:
         if not kept:
             raise
-        signal.alarm(0)
         log_error("the reload fails and is tried again: %s" % reason)
-        time.sleep(TICK)
-        replace_program(kept)
     finally:
         signal.alarm(0)
+    time.sleep(TICK)
+    replace_program(kept)
 
 
 def run(
