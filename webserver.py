@@ -2759,11 +2759,9 @@ def open_standard_files() -> None:
 def become_child() -> None:
     """Drop the parent's exit handlers in a new child, and set a child's limits and OOM score."""
     atexit._clear()  # exit handlers are for the process that has registered them; no public function clears them
-    weakref = sys.modules.get("weakref")
-    if weakref and weakref.finalize._registered_with_atexit:  # it registers only once: new finalizers would not run
-        for finalizer in list(weakref.finalize._registry):
-            finalizer.atexit = False
-        atexit.register(weakref.finalize._exitfunc)
+    if weakref := sys.modules.get("weakref"):  # the same for its finalizers; the next one registers with atexit anew
+        weakref.finalize._registry.clear()
+        weakref.finalize._registered_with_atexit = False
     for name in LIMITS:
         set_limit(name)
     try:  # the OOM killer takes the largest process, the parent: 500 adds half of all memory to a child (proc(5))
