@@ -2977,19 +2977,13 @@ def find_opened() -> set[tuple[int, str]]:
                 finally:
                     sock.detach()
                 if fd > 2 and peer and not is_log:  # processes may share a log: of syslog, or of systemd at stderr
-                    opened.add((fd, LEFT_CONNECTION % describe_peer(peer)))
+                    name = "%s:%s" % peer[:2] if isinstance(peer, tuple) else peer
+                    opened.add((fd, LEFT_CONNECTION % name))
     socket.setdefaulttimeout(timeout)
     if threading := sys.modules.get("threading"):
         others = set(threading.enumerate()) - {threading.main_thread()}
         opened |= {(thread.ident or 0, LEFT_THREAD % thread.name) for thread in others}
     return opened
-
-
-def describe_peer(peer: Any) -> str:
-    """Return an address as a person writes it."""
-    if isinstance(peer, tuple):
-        return ("[%s]:%s" if ":" in str(peer[0]) else "%s:%s") % peer[:2]
-    return "unix:%s" % peer
 
 
 def rehearse(times: int) -> None:
