@@ -3340,13 +3340,11 @@ def run(
     """Serve with children, or without, until a signal stops the server."""
     signals.receiver = signals.pending.append
     signals.catch(*(SIGNALS[1:] if options.no_fork else SIGNALS))  # SIGINT is the debugger's
-    size = 8 + options.max_children * SLOT_SIZE
-    board = Scoreboard(1) if options.no_fork else Scoreboard(0, kept[0] if kept else make_shared_file(size))
+    board = Scoreboard(0, kept[0] if kept else make_shared_file(8 + options.max_children * SLOT_SIZE))
     reactor, child = Reactor(listener, mailbox, options), Child(service, listener.family, mailbox, board, options)
     for close_copy in (child.detach, reactor.close_copies, child.queue.sender.close, reactor.selector.close):
         held.callback(close_copy)
-    if board.fd >= 0:
-        held.callback(os.close, board.fd)
+    held.callback(os.close, board.fd)
     if kept:  # children may have ended while nothing noted it; and connections that no child had at the reload
         signals.pending.append(signal.SIGCHLD)
         carried = Channel(*kept[4:])
