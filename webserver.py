@@ -3259,9 +3259,7 @@ def check_options(options: Options) -> Options:
     for target in options.warm_up:
         if not re.fullmatch(r'(https?:/)?/[!"$-~]*', target):  # visible US-ASCII, and no fragment
             raise StartError("--warm-up is %r: it must be a path, such as /login, or a URL" % target, 2)
-    port = "" if options.bind else os.environ.get("PORT", "")
-    if port and not (port.isascii() and port.isdigit() and int(port) <= 65535):
-        raise StartError("PORT is %r in the environment: it must be a number up to 65535" % port, 2)
+    port = os.environ.get("PORT", "")
     options = options._replace(
         bind=options.bind or (":" + port if port else "127.0.0.1:8000"),
         forwarded_allow_ips=options.forwarded_allow_ips or os.environ.get("FORWARDED_ALLOW_IPS", ""),
