@@ -5594,7 +5594,7 @@ MISTAKES = [  # the words, the exit status, what the one line on stderr must hol
     ("kinds:create", 1, ["(environ, start_response)", "write kinds:create()"]),
     ("kinds:with_settings()", 1, ["kinds:with_settings() needs arguments"]),
     ("--check kinds:view", 1, ["kinds:view cannot be called with (environ, start_response)"]),
-    ("kinds:Site", 1, ["kinds:Site is a class", "write kinds:Site()"]),
+    ("kinds:Site", 1, ["kinds:Site cannot be called", "write kinds:Site()"]),
     ("good:", (1, 2), ["good"]),
     (":app", (1, 2), [":app"]),
     ("-b 127.0.0.1:TAKEN good", 1, ["in use", "TAKEN"]),

@@ -3101,9 +3101,8 @@ def check_application(found: Any, name: str) -> Application:
     code = getattr(find_function(found), "__code__", None)
     if code and code.co_flags & IS_ASYNC:
         raise StartError("%s is an ASGI application: it needs an ASGI server, such as uvicorn; this speaks WSGI" % name)
-    if isinstance(found, type) and not (accepts(found, 2) and hasattr(found, "__iter__")):
-        raise StartError("%s is a class, but not of responses: name an instance, or write %s()" % (name, name))
-    if not accepts(found, 2):
+    is_class = isinstance(found, type) and not hasattr(found, "__iter__")  # else of responses: a call makes one
+    if is_class or not accepts(found, 2):
         advice = "if it makes the application, write %s()" % name
         raise StartError("%s cannot be called with (environ, start_response): %s" % (name, advice))
     application: Application = found
