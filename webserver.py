@@ -3052,10 +3052,7 @@ def load_application(name: str) -> Application:
     if not name:
         return show_environ
     if module_name.endswith(".py") or not all(part.isidentifier() for part in module_name.split(".")):
-        folder, file = os.path.split(module_name)
-        module_name = re.sub("[.]py$", "", file) if re.fullmatch(r"(?!\d)\w+([.]py)?", file) else "module"
-        place = "cd %s, and " % folder if folder not in ("", ".") else ""
-        raise StartError("%r is not the name of a module: %swrite %s:%s" % (name, place, module_name, path or "app"), 2)
+        raise StartError("%r names no module: cd to its folder, and write hello:app for `app` in hello.py" % name, 2)
     try:
         module = importlib.import_module(module_name)
         path = path if colon else "application" if hasattr(module, "application") else "app"
