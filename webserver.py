@@ -3226,18 +3226,6 @@ def parse_command_line(words: list[str]) -> tuple[str, Options]:
     return values.pop("application"), Options(**values)
 
 
-def read_environment() -> list[str]:
-    """Return the words of WEBSERVER_OPTIONS, split as a shell does; StartError if a quote is left open."""
-    if not (words := os.environ.get("WEBSERVER_OPTIONS", "")):
-        return []
-    import shlex
-
-    try:
-        return shlex.split(words)
-    except ValueError as error:
-        raise StartError("WEBSERVER_OPTIONS cannot be split into words: %s" % error, 2) from None
-
-
 def parse_size(text: str) -> int:
     """Return the number of bytes in a text such as 512K; K, M and G are powers of 1024."""
     if not (match := re.fullmatch("([0-9]+)([KMGkmg]?)", text)):
@@ -3360,7 +3348,7 @@ def main() -> int:
     """Run the command line; return the exit status."""
     sys.path.insert(0, os.getcwd())
     try:
-        name, options = parse_command_line(read_environment() + sys.argv[1:])
+        name, options = parse_command_line(os.environ.get("WEBSERVER_OPTIONS", "").split() + sys.argv[1:])
         start(partial(load_application, name), options)
     except StartError as reason:
         write_line(2, "webserver.py: %s" % reason)
