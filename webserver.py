@@ -2593,7 +2593,7 @@ class Transport:
         """Receive what precedes HTTP, by the deadline; note what it tells in the environ that all requests share."""
         stream.preface, slot = None, stream.slot
         until = deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout)
-        if self.is_proxied and self.trust and not slot.memo and self.trust.covers_peer(shared["REMOTE_ADDR"]):
+        if self.is_proxied and self.trust and not slot.memo and self.trust.covers(shared["REMOTE_ADDR"]):
             slot.memo = read_proxy_header(stream, until).encode()
         if slot.memo not in (b"", b"-"):
             shared["REMOTE_ADDR"], shared["REMOTE_PORT"] = slot.memo.decode().split()
@@ -2619,17 +2619,13 @@ class Trust:
         except ValueError as error:
             raise StartError("--forwarded-allow-ips: %s" % error, 2) from None
 
-    def covers_peer(self, address: str) -> bool:
+    def covers(self, address: str) -> bool:
         """Return whether a peer with this address, "" at a unix socket, is believed."""
         if "*" in self.words:
             return True
         if not address:
             return "unix" in self.words
-        return self.covers(address.partition("%")[0])  # without the zone of a peer on the same link
-
-    def covers(self, address: str) -> bool:
-        """Return whether the address is in the list; ValueError if it is not an IP address."""
-        parsed = parse_ip(address)
+        parsed = parse_ip(address.partition("%")[0])  # without the zone of a peer on the same link
         return any(parsed in network for network in self.networks)
 
     def find_client(self, hops: str) -> str:
@@ -2639,7 +2635,7 @@ class Trust:
             match = HOP.fullmatch(hop.strip(" \t"))
             try:
                 client = str(parse_ip(match[match.lastindex or 0] if match else ""))
-                if not self.covers(client):
+                if "*" in self.words or not self.covers(client):
                     break
             except ValueError:
                 raise HTTPError(400, "an invalid X-Forwarded-For") from None
@@ -2657,7 +2653,7 @@ def parse_ip(address: Any) -> Any:
 
 def believe_proxy(environ: Environ, trust: Trust) -> None:
     """Set what a proxy tells of its client, or drop it if the peer is not believed; HTTPError if a field is invalid."""
-    if not trust.covers_peer(environ["REMOTE_ADDR"]):
+    if not trust.covers(environ["REMOTE_ADDR"]):
         for name in (*FORWARDED, "HTTP_FORWARDED"):
             environ.pop(name, None)
     hops, scheme, host, port, prefix = map(environ.get, FORWARDED)
