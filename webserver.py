@@ -2571,8 +2571,7 @@ class Transport:
         if options.proxy_protocol and not options.forwarded_allow_ips:
             raise StartError("--proxy-protocol needs --forwarded-allow-ips: name the peers that send the header", 2)
         self.trust = Trust(options.forwarded_allow_ips) if options.forwarded_allow_ips else None
-        self.is_proxied, self.path = options.proxy_protocol, options.script_name
-        self.context, self.rest_timeout = make_tls_context(options), max(options.keep_alive, TICK)
+        self.options, self.path, self.context = options, options.script_name, make_tls_context(options)
 
     def wrap(self, application: Application) -> Application:
         """Return the application, wrapped if proxies are believed or if it is mounted under --script-name."""
@@ -2593,7 +2592,7 @@ class Transport:
         """Receive what precedes HTTP, by the deadline; note what it tells in the environ that all requests share."""
         stream.preface, slot = None, stream.slot
         until = deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout)
-        if self.is_proxied and self.trust and not slot.memo and self.trust.covers(shared["REMOTE_ADDR"]):
+        if self.options.proxy_protocol and self.trust and not slot.memo and self.trust.covers(shared["REMOTE_ADDR"]):
             slot.memo = read_proxy_header(stream, until).encode()
         if slot.memo not in (b"", b"-"):
             shared["REMOTE_ADDR"], shared["REMOTE_PORT"] = slot.memo.decode().split()
@@ -2601,7 +2600,7 @@ class Transport:
         if self.context:
             stream.sock = accept_tls(self.context, stream, until)
             shared.update(stream.sock.make_environ())
-            stream.rest_timeout = self.rest_timeout
+            stream.rest_timeout = max(self.options.keep_alive, TICK)
 
 
 class Trust:
@@ -2899,7 +2898,7 @@ def load_service(load: Callable[[], Application], options: Options) -> partial[b
     finally:
         if pid != os.getpid():
             exit_child(0)  # a process that the application has forked
-    has_preface = transport.context or transport.is_proxied  # else nothing precedes HTTP on a connection
+    has_preface = options.certfile or options.proxy_protocol  # else nothing precedes HTTP on a connection
     return partial(serve_connection, application, options, transport=transport if has_preface else None)
 
 
