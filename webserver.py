@@ -2799,16 +2799,6 @@ def raise_descriptor_limit(connections: int) -> int:
     return max(wanted - OTHER_DESCRIPTORS, 1)
 
 
-def limit_memory(allowed: int) -> None:
-    """Note a child's limit: the bytes allowed beyond what it inherits (getrlimit(2), RLIMIT_DATA); StartError."""
-    try:
-        with open("/proc/self/status", "rb") as file:
-            inherited = int(re.findall(rb"VmData:\s*(\d+) kB", file.read())[0]) * 1024
-    except (OSError, IndexError):
-        raise StartError("--limit-memory needs /proc/self/status of Linux: leave it out here") from None
-    LIMITS["RLIMIT_DATA"] = inherited + allowed
-
-
 def set_limit(name: str) -> None:
     """Set a soft limit to its value in LIMITS, if there is one, or to the hard limit if that is lower."""
     if name in LIMITS:
@@ -3001,9 +2991,14 @@ def rehearse(times: int) -> None:
 
 
 def prepare_to_fork(options: Options) -> None:
-    """Note the memory limit, flush what a fork would double, and freeze what a child would copy for no use."""
-    if options.limit_memory:
-        limit_memory(options.limit_memory)
+    """Note the memory limit, flush what a fork would double, freeze what a child would copy for no use; StartError."""
+    if options.limit_memory:  # what is allowed beyond what a child inherits (getrlimit(2), RLIMIT_DATA)
+        try:
+            with open("/proc/self/status", "rb") as file:
+                inherited = int(re.findall(rb"VmData:\s*(\d+) kB", file.read())[0]) * 1024
+        except (OSError, IndexError):
+            raise StartError("--limit-memory needs /proc/self/status of Linux: leave it out here") from None
+        LIMITS["RLIMIT_DATA"] = inherited + options.limit_memory
     flush_output()  # else each child would flush a copy
     # Without this, a collection in a child would write to all that the child has inherited, and so copy it. There is no
     # gc.collect() before it: each child would write to the memory that it frees, and so copy it (5 % of page faults).
