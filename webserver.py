@@ -699,6 +699,7 @@ def make_request_environ(request: Request) -> Environ:
 # The application's status, headers and blocks -> bytes (PEP 3333; RFC 9110 §6.4 and §8.6, RFC 9112 §6 and §7). One send
 # takes the head and the first block that is not empty, except for a file. The framing is decided just before.
 
+DATE = "Date: {0}, {2} {1} {4} {3} GMT\r\n\r\n"  # with the empty line behind it (RFC 9110 §6.6.1)
 PLAIN_KINDS = [(kind, io.FileIO) for kind in (io.FileIO, io.BufferedReader, io.BufferedRandom)]  # with their `raw`
 
 
@@ -877,15 +878,9 @@ def make_framing(
         lines += b"Content-Length: %d\r\n" % length
     if is_closing or is_http10:
         lines += b"Connection: close\r\n" if is_closing else b"Connection: keep-alive\r\n"
-    lines += b"\r\n" if head.has_date else make_date(second)
+    lines += b"\r\n" if head.has_date else format_time(DATE, second).encode()
     bound = 0 if not has_body else UNBOUNDED if length is None else length
     return Framing(lines, bound, has_body, is_chunked, is_closing, bound == UNBOUNDED and not is_chunked)
-
-
-@lru_cache(maxsize=1)
-def make_date(second: int) -> bytes:
-    """Return the field line Date, and the empty line behind it (RFC 9110 §6.6.1)."""
-    return format_time("Date: {0}, {2} {1} {4} {3} GMT\r\n\r\n", second).encode()
 
 
 @lru_cache(maxsize=64)
@@ -2031,7 +2026,7 @@ class Parent:
     def fork(self) -> None:
         """Fork a child that waits at the queue. If the system refuses, the present number is the cap until `watch`."""
         slot = self.board.allot()
-        make_date(int(time.time()))  # the child inherits the cached field line
+        format_time(DATE, int(time.time()))  # the child inherits the cached field line
         try:
             pid = os.fork()
         except OSError as error:  # EAGAIN: a limit of processes, ENOMEM
