@@ -274,14 +274,6 @@ class Stream:
         except ClientSilentError:
             raise HTTPError(408, "the %s was not complete in time" % what) from None
 
-    def receive_into(self, view: memoryview) -> int:
-        """Copy bytes of the buffer, or new ones if it is empty, into the view; return their number, 0 at the end."""
-        if not self.buffer:
-            self.receive_more()
-        taken, self.buffer = self.buffer[: len(view)], self.buffer[len(view) :]
-        view[: len(taken)] = taken
-        return len(taken)
-
     def read_line(self, limit: int, excess: str = "too long a line in the chunked body") -> bytes:
         """Return the next line without its CRLF (RFC 9112 §2.2); HTTPError as soon as it is too long or lacks CR."""
         while (end := self.buffer.find(b"\n", 0, limit + 2)) < 0:
@@ -595,10 +587,11 @@ class Body(io.RawIOBase):
                 self.read_chunk_line()
             if not self.remaining:
                 return 0
-            received = self.stream.receive_into(memoryview(buffer)[: self.remaining])
-            require(received, 400, "the client closed inside the message body")
-            self.remaining -= received
-            return received
+            require(self.stream.buffer or self.stream.receive_more(), 400, "the client closed inside the message body")
+            count = min(len(self.stream.buffer), len(buffer), self.remaining)
+            buffer[:count], self.stream.buffer = self.stream.buffer[:count], self.stream.buffer[count:]
+            self.remaining -= count
+            return count
         except ClientSilentError:
             self.failure = (408, "the message body did not arrive in time")
         except HTTPError as error:
