@@ -375,7 +375,7 @@ def count_unacknowledged(sock: socket.SocketType) -> int:
 
 
 class Request(NamedTuple):
-    """The checked head of a request, or what `make_unread_request` returns in its place if it could not be read."""
+    """The checked head of a request; of one that could not be read only the line, and whether the method is HEAD."""
 
     method: str = ""
     target: str = ""  # as it was received
@@ -391,6 +391,8 @@ class Request(NamedTuple):
 
 def read_head(stream: Stream, deadline: float | None) -> bytes:
     """Return the next head with its empty line; HTTPError if it cannot become one, or is not whole by the deadline."""
+    if stream.preface:
+        stream.preface(deadline)
     if not stream.buffer:
         stream.receive_at_rest(deadline)
         if stream.buffer == stream.previous_head:  # the old object: 10 % faster than to search and hash the new one
@@ -967,9 +969,7 @@ def serve_request(
     slot, environ, head, began, detail = stream.slot, shared, b"", 0.0, ""
     response: Response | None = None
     try:
-        # Step 1: read what precedes HTTP on a new connection, then the head, and interpret the head.
-        if stream.preface:
-            stream.preface(deadline)
+        # Step 1: read the head, and on a new connection what precedes HTTP; interpret the head.
         head = read_head(stream, deadline)
         request, variables = (parse_head if len(head) <= MAX_REMEMBERED else parse_head.__wrapped__)(head)
         # Step 2: make the environ. A chunked body is buffered here, up to a limit; the application reads any other.
@@ -987,7 +987,8 @@ def serve_request(
         if not response:
             if isinstance(error, (ClientSilentError, ClientGoneError, OSError)):
                 raise  # there is no request that could be answered
-            response = Response(stream, make_unread_request(head or stream.buffer), True)
+            line = (head or stream.buffer).lstrip(b"\r\n").partition(b"\r\n")[0]
+            response = Response(stream, Request("HEAD" if line.startswith(b"HEAD ") else "", line=line), True)
         # Step 4: answer with the error.
         detail = recover(response, error)
     # Step 5: log the request, then make the connection ready for the next one, or end it.
@@ -1000,12 +1001,6 @@ def serve_request(
     if detail or stream.buffer or has_body_left or response.request.is_persistent:
         stream.linger()  # else the client wanted the close, and all its bytes were read
     return False
-
-
-def make_unread_request(data: bytes) -> Request:
-    """Return a Request in place of one that could not be read, from the bytes of it that were received."""
-    line = data.lstrip(b"\r\n").partition(b"\r\n")[0]
-    return Request("HEAD" if line.startswith(b"HEAD ") else "", line=line)
 
 
 def recover(response: Response, error: BaseException) -> str:
