@@ -886,11 +886,19 @@ def parse_response_head(status: str, response_headers: tuple[tuple[str, str], ..
         raise ValueError("not a status such as '200 OK': %r" % (status,))
     lines, length, names = ["HTTP/1.1 %s\r\n" % (status if " " in status else status + " ")], None, set()
     for header in response_headers:
-        name, value = check_header(header)
+        if not (isinstance(header, tuple) and len(header) == 2 and all(isinstance(part, str) for part in header)):
+            raise TypeError
+        name, value = header[0].lower(), header[1].strip(" \t")
+        if not TOKEN.fullmatch(name.encode("utf-8")):
+            raise ValueError("not a field name: %r" % header[0])
+        if not RESPONSE_FIELD_VALUE.fullmatch(value):
+            raise ValueError("a character that no field value may have in %s: %r" % header)
+        if name in HOP_BY_HOP_FIELDS or (name == "connection" and value.lower() != "close"):
+            raise ValueError("a field of the connection is the server's to set: %s: %s" % header)
         names.add(name)
         if name == "content-length":
-            if length is not None:
-                raise ValueError("a second Content-Length: %r" % (value,))
+            if not (length is None and value.isascii() and value.isdigit() and len(value) < 19):
+                raise ValueError("not a Content-Length, or a second one: %r" % value)
             length = int(value)
         elif name != "connection":
             lines.append("%s: %s\r\n" % (header[0], value))
@@ -898,23 +906,6 @@ def parse_response_head(status: str, response_headers: tuple[tuple[str, str], ..
         lines.append("Server: %s\r\n" % PRODUCT)
     code, text = int(status[:3]), "".join(lines).encode("latin-1")  # a 205 has no content (RFC 9110 §15.3.6)
     return ResponseHead(code, text, 0 if code == 205 else length, "connection" in names, "date" in names)
-
-
-def check_header(header: tuple[str, str]) -> tuple[str, str]:
-    """Return the name of a header in lower case, and its value; TypeError, ValueError if no application may send it."""
-    name, value = header if isinstance(header, tuple) and len(header) == 2 else (None, None)
-    if not (isinstance(name, str) and isinstance(value, str)):
-        raise TypeError
-    name, value = name.lower(), value.strip(" \t")
-    if not TOKEN.fullmatch(name.encode("utf-8")):
-        raise ValueError("not a field name: %r" % header[0])
-    if not RESPONSE_FIELD_VALUE.fullmatch(value):
-        raise ValueError("a character that no field value may have in %s: %r" % header)
-    if name in HOP_BY_HOP_FIELDS or (name == "connection" and value.lower() != "close"):
-        raise ValueError("a field of the connection is the server's to set: %s: %s" % header)
-    if name == "content-length" and not (value.isascii() and value.isdigit() and len(value) < 19):
-        raise ValueError("not a Content-Length: %r" % value)
-    return name, value
 
 
 class FileWrapper:
