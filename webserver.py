@@ -966,7 +966,7 @@ def serve_request(
         # Step 2: make the environ. A chunked body is buffered here, up to a limit; the application reads any other.
         began = slot.mark_busy(request.line)
         response = Response(stream, request, not (request.is_persistent and options.keep_alive))
-        environ = {**variables, **shared, "webserver.requests": slot.requests, "wsgi.input": io.BytesIO()}
+        environ = {**variables, **shared, "webserver.requests": slot.counts[slot.index], "wsgi.input": io.BytesIO()}
         if request.length != 0:
             response.body = Body(stream, request, options.limit_request_body, options.buffer_chunked)
             response.body.add_input(environ)
@@ -1326,7 +1326,7 @@ class Slot:
     """Owns one slot of the scoreboard, in which a serving process writes what it does."""
 
     def __init__(self, board: Scoreboard) -> None:
-        self.client, self.line, self.requests = b"", b"", 0
+        self.client, self.line = b"", b""
         self.check_at = 0.0  # until then `may_wait` relies on the last look at the parent and `leave_by`; 0: on none
         self.memo = b""  # what a PROXY header has told of the connection in hand
         self.attach(board, 0, os.getpid())
@@ -1357,8 +1357,7 @@ class Slot:
 
     def mark_busy(self, line: bytes) -> float:
         """Note that a request is in hand; return the time."""
-        self.requests += 1
-        self.counts[self.index] = self.requests
+        self.counts[self.index] += 1
         if line is not self.line:  # a repeated head has the same object: it is written already
             self.line = line
             self.write(self.client, line)
