@@ -1525,8 +1525,6 @@ class Child:
             except BlockingIOError:  # a second has passed
                 if self.slot.must_leave(time.monotonic()):
                     return None
-            except OSError:  # `detach` has closed the queue: a process that the application has forked
-                return None
         if not rights:  # asked to leave, or the end of the queue
             return None
         self.slot.mark_waiting(False, taken=1)
