@@ -1416,8 +1416,7 @@ class Slot:
 
 
 # ---- 12. Child --------------------------------------------------------------
-# A process that serves: it takes a connection out of the queue, serves it, gives it back if it is at rest, and exits or
-# takes the next one (fork(2), unix(7)).
+# A process that serves one connection, or several, and exits (fork(2), unix(7)).
 #
 #     parent --- queue: a descriptor, and the time by which its head must be complete ---> any child that waits
 #     parent <--- mailbox: a descriptor that comes back, or the number of a signal ------- any child, and the parent
