@@ -2720,7 +2720,8 @@ def open_standard_files() -> None:
 def become_child() -> None:
     """Drop the parent's exit handlers in a new child, and set a child's limits and OOM score."""
     atexit._clear()  # exit handlers are for the process that has registered them; no public function clears them
-    if weakref := sys.modules.get("weakref"):  # the same for its finalizers; the next one registers with atexit anew
+    weakref = sys.modules.get("weakref")
+    if weakref and weakref.finalize._registered_with_atexit:  # finalizers likewise; the next one registers anew
         weakref.finalize._registry.clear()
         weakref.finalize._registered_with_atexit = False
     for name in LIMITS:
@@ -3246,7 +3247,7 @@ def start(load: Callable[[], Application], options: Options) -> None:
     held.callback(mailbox.close)
     try:
         # Step 3: the application, and the loop. Until the application is loaded, a signal to stop ends the process.
-        service = load_guarded(partial(load_service, load, options), signals, kept, bound_loading(options))
+        service = load_guarded(load, options, signals, kept)
         run(service, options, listener, mailbox, signals, held, kept)
     finally:
         signals.release()
@@ -3254,17 +3255,17 @@ def start(load: Callable[[], Application], options: Options) -> None:
         listener.close()
 
 
-def load_guarded(load: Callable[[], partial[bool]], signals: Signals, kept: list[int], seconds: float) -> partial[bool]:
+def load_guarded(load: Callable[[], Application], options: Options, signals: Signals, kept: list[int]) -> partial[bool]:
     """Return the loaded service; meanwhile a signal to stop ends the process, even PID 1; StartError.
 
     A reload raises none: if the load fails although the check has passed, the program is started again. If the module
-    takes more than these seconds, the process ends with status 1; each warm-up then has a deadline of its own.
+    takes longer than `bound_loading` says, the process ends with status 1; each warm-up then has a deadline of its own.
     """
     signals.receiver = partial(end_loading, signals.pending, bool(kept))
     signals.catch(*(SIGNALS if kept else SIGNALS[1:]))  # SIGINT ends a first load by KeyboardInterrupt
-    signal.alarm(int(seconds) if kept else LOADING_IS_SLOW)
+    signal.alarm(int(bound_loading(options)) if kept else LOADING_IS_SLOW)
     try:
-        return load()
+        return load_service(load, options)
     except StartError as reason:
         if not kept:
             raise
