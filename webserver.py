@@ -120,8 +120,7 @@ HEAD_TIMEOUT = 10.0  # 408; from the first byte of a head to its last. A connect
 MIN_RATE = 500  # 408; bytes a second that a client must send or take on average, as Apache's mod_reqtimeout wants
 MIN_RATE_GRACE = 20.0  # the average counts once the waits for the client add up to more than this, in one request
 MIN_RATE_PRESSED = 32768  # the same under pressure, in each second; an honest client on a slow line takes 3 times that
-LINGER_TIMEOUT = 30.0  # to read and drop what a client still sends before the close, as nginx's lingering_time
-LINGER_SILENCE = 2.0  # the longest silence of the client within that time
+LINGER_TIMEOUT = 30.0  # to drop what a client still sends, up to its first silent second; as nginx's lingering_time
 RECEIVE_SIZE = 65536  # one recv
 JOIN_SIZE = 16384  # a block up to this size is copied behind its head, which is cheaper than sendmsg
 FILE_BLOCK_SIZE = 1 << 18  # one read of a file
@@ -321,18 +320,13 @@ class Stream:
 
     def linger(self) -> None:
         """End our side, then drop what still comes: a close with unread bytes may lose the response (RFC 9112 §9.6)."""
-        began = heard = time.monotonic()
-        with suppress(OSError, ClientSilentError):  # the client has gone
+        until = time.monotonic() + LINGER_TIMEOUT
+        with suppress(OSError, ClientSilentError):  # the client has gone, or has been silent for a second
             self.sock.shutdown(socket.SHUT_WR)
-            while self.slot.mark_silent() < min(began + LINGER_TIMEOUT, heard + LINGER_SILENCE):
+            while self.slot.mark_silent() < until:
                 is_hasty = self.slot.is_told(STOPPING | PRESSED)  # then drop only what is here already
-                try:
-                    if not self.sock.recv(RECEIVE_SIZE, DONT_WAIT if is_hasty else 0):
-                        return
-                    heard = time.monotonic()
-                except BlockingIOError:
-                    if is_hasty:
-                        return
+                if not self.sock.recv(RECEIVE_SIZE, DONT_WAIT if is_hasty else 0):
+                    return
 
     def reset_on_close(self, is_wanted: bool) -> None:
         """Set whether the close of the socket, also by an exit, resets the connection (socket(7), SO_LINGER)."""
