@@ -393,8 +393,6 @@ def read_head(stream: Stream, deadline: float | None) -> bytes:
             stream.buffer = b""
             return stream.previous_head
     while stream.buffer[:3] in (b"\r", b"\r\n"):  # old clients send CRLF after a body (RFC 9112 §2.2)
-        if deadline and time.monotonic() >= deadline:
-            raise ClientGoneError(0)
         stream.receive_at_rest(deadline)
     checked = 0
     while (end := stream.buffer.find(b"\r\n\r\n", max(checked - 3, 0)) + 4) < 4:
