@@ -905,8 +905,7 @@ class FileWrapper:
 
     def __init__(self, file: Any, block_size: int = RECEIVE_SIZE) -> None:
         self.file, self.block_size = file, block_size
-        if hasattr(file, "close"):
-            self.close = file.close
+        self.close = getattr(file, "close", lambda: None)
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(partial(self.file.read, self.block_size), b"")
