@@ -1005,7 +1005,8 @@ def recover(response: Response, error: BaseException) -> str:
         response.stream.slot.retire()  # the memory of this process would not shrink
     if not isinstance(error, (HTTPError, ClientGoneError)):  # last: formatting may take long, or fail
         response.stream.slot.mark_progress()
-        log_exception(error, response.request.line)
+        log_error('error in "%s"' % escape(response.request.line.decode("latin-1")))
+        log_exception(error)
     return str(detail)
 
 
@@ -1084,10 +1085,8 @@ def log_throttled(text: str) -> None:
         log_error(text)
 
 
-def log_exception(error: BaseException, line: bytes = b"") -> None:
+def log_exception(error: BaseException) -> None:
     """Write the traceback to stderr, without the server's and the import system's frames at its beginning."""
-    if line:
-        log_error('error in "%s"' % escape(line.decode("latin-1")))
     try:
         import traceback
 
