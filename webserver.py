@@ -2208,12 +2208,14 @@ class Reload:
     def __init__(self, options: Options, signals: Signals, reactor: Reactor, queue: Queue) -> None:
         self.options, self.signals, self.reactor, self.queue = options, signals, reactor, queue
         self.checker, self.check_by = 0, 0.0  # the pid of the check, 0 for none, and its deadline
-        self.has_passed = False  # the check has passed: the program is to be replaced
+        self.is_wanted_again = self.has_passed = False  # a reload was asked for during the check; the check has passed
         self.sources = list_sources() if options.reload else {}
 
     def begin(self) -> None:
-        """Check the present code in a new process, in place of a check that is under way, maybe of older code."""
-        self.cancel()
+        """Check the present code in a new process; if a check is under way, do so once that has ended."""
+        self.is_wanted_again = bool(self.checker)
+        if self.checker:
+            return
         self.check_by = time.monotonic() + bound_loading(self.options)
         try:
             self.checker = os.fork()
@@ -2234,7 +2236,9 @@ class Reload:
         if pid != self.checker:
             return
         self.checker = 0
-        if os.WIFEXITED(status) and os.WEXITSTATUS(status) == CHECK_PASSED:
+        if self.is_wanted_again:
+            self.begin()
+        elif os.WIFEXITED(status) and os.WEXITSTATUS(status) == CHECK_PASSED:
             self.has_passed = True
         else:
             self.refuse("the new code does not load")
