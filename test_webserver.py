@@ -3175,7 +3175,7 @@ def test_children_step_back_while_a_request_waits_long_for_a_fork() -> None:
         assert slot.is_told(webserver.LATE) is is_late, now
     board.order(webserver.WANTED, True)
     began = time.monotonic()
-    assert slot.may_wait() and time.monotonic() > began + 0.06
+    assert slot.end_request() and time.monotonic() > began + 0.06
     board.taken[0] = 1
     queue.check_lateness(10.3)
     assert not slot.is_told(webserver.LATE) and slot.is_told(webserver.WANTED)
@@ -4605,7 +4605,7 @@ def test_sighup_takes_renewed_certificates_and_leaves_the_old_ones_if_they_are_b
         assert renewed != first
         write_file(str(tmp_path / "pair"), "broken")
         server.process.send_signal(signal.SIGHUP)
-        server.wait_for_log("the new code does not load")
+        server.wait_for_log("the new program does not start")
         assert "cannot use pair" in server.errors() and find_serial() == renewed
 
 
@@ -5381,7 +5381,7 @@ def test_a_warm_up_is_repeated_by_a_reload_and_by_its_check(tmp_path: Any) -> No
         assert server.errors().count("warmed up") == 3 and server.get().body.endswith(b" %d" % server.pid)
         write_file(str(tmp_path / "app.py"), LAZY.replace('"/fail"', '"/"'))
         server.process.send_signal(signal.SIGHUP)
-        server.wait_for_log("the new code does not load")
+        server.wait_for_log("the new program does not start")
         assert "ZeroDivisionError" in server.errors() and server.get().status == 200
 
 

@@ -10,7 +10,8 @@ also as PID 1 of a container. A request that crashes, hangs or exits takes down 
 
 How to read it. Part one knows HTTP and WSGI and never forks. Part two knows processes and leaves HTTP to part one.
 They share one class, Slot, through which a process reports its state and sees its orders. Part three adds what a
-server in production needs. In each section the main class or function comes first. Three life cycles:
+server in production needs. In each section the main class or function comes first. An
+exception that a docstring names is raised by the function. Three life cycles:
 
     bytes -> Stream -> Request -> environ -> application -> Response -> bytes        the life of a request
     accept -> rest -> a whole head -> queue -> child: requests -> silence -> rest    the life of a connection
@@ -111,15 +112,16 @@ MAX_REQUEST_LINE = 8190  # 414; as Apache's LimitRequestLine. RFC 9112 §3 asks 
 MAX_FIELD_LINE = 8190  # 431; as Apache's LimitRequestFieldSize
 MAX_FIELDS = 100  # 431; as Apache's LimitRequestFields; the same for a trailer section
 MAX_HEAD = 65536  # 431; the request-line, all field lines and the empty line
+MAX_LENGTH_DIGITS = 18  # 413; of a Content-Length: it fits a signed number of 64 bits
 MAX_CHUNK_LINE = 4096  # 400; a chunk-size with its extensions
 MAX_CHUNK_EXTENSIONS = 16384  # 400; in all chunks of a body: else each byte of data could cost 4096 to parse
 MAX_DRAINED = 65536  # the server reads up to this of a body that the application left unread, to keep the connection
 MAX_REMEMBERED = 2048  # a larger head is parsed without the caches, and so are its lines: they could fill the memory
 TICK = 1.0  # a process that waits checks its deadlines and its orders once in this time
-HEAD_TIMEOUT = 10.0  # 408; from the first byte of a head to its last. A connection without a first byte is closed then
+HEAD_TIMEOUT = 10.0  # 408; from the first byte of a head to its last. Closed: from the accept to the first byte
 MIN_RATE = 500  # 408; bytes a second that a client must send or take on average, as Apache's mod_reqtimeout wants
 MIN_RATE_GRACE = 20.0  # the average counts once the waits for the client add up to more than this, in one request
-MIN_RATE_PRESSED = 32768  # the same under pressure, in each second; an honest client on a slow line takes 3 times that
+MIN_RATE_PRESSED = 32768  # the same in each second while PRESSED; an honest client on a slow line takes 3 times that
 LINGER_TIMEOUT = 30.0  # to drop what a client still sends, up to its first silent second; as nginx's lingering_time
 RECEIVE_SIZE = 65536  # one recv
 JOIN_SIZE = 16384  # a block up to this size is copied behind its head, which is cheaper than sendmsg
@@ -163,8 +165,8 @@ def require(condition: Any, status: int, detail: str) -> None:
 
 
 # ---- 2. Grammar -------------------------------------------------------------
-# Above each pattern stands its ABNF rule. All but PCT_ENCODED and BAD_HEAD_BYTE are used with fullmatch. Text that does
-# not match is refused, never repaired: two servers could understand a repaired message in two ways.
+# Above a pattern stands its ABNF rule, if it has one. All but PCT_ENCODED and BAD_HEAD_BYTE are used with fullmatch.
+# Text that does not match is refused, never repaired: two servers could understand a repaired message in two ways.
 
 # token = 1*tchar (RFC 9110 §5.6.2)
 token = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -196,9 +198,9 @@ SINGLETON_FIELDS = frozenset((
     "authorization", "content-type", "date", "from", "host", "if-modified-since", "if-range", "if-unmodified-since",
     "max-forwards", "proxy-authorization", "range", "referer", "user-agent",
 ))  # fmt: skip
-# status-code SP [ reason-phrase ] as PEP 3333 writes them; no 1xx, since an application sends no interim response
+# status-code [ SP reason-phrase ] as PEP 3333 writes it; no 1xx, since an application sends no interim response
 STATUS = re.compile(r"[2-9][0-9][0-9](?: [\t\x20-\x7e\x80-\xff]*)?")
-RESPONSE_FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+RESPONSE_FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")  # FIELD_VALUE, of a str
 # Fields of the connection, which only the server may set (RFC 9110 §7.6.1; PEP 3333, "Other HTTP Features")
 HOP_BY_HOP_FIELDS = frozenset((
     "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer", "trailers",
@@ -218,9 +220,9 @@ DONT_WAIT, STREAM = int(socket.MSG_DONTWAIT), int(socket.SOCK_STREAM)
 class Stream:
     """Owns a connected socket and the bytes received from it but not yet consumed."""
 
-    # A method, `receive_at_rest` apart, raises ClientGoneError if the client has closed or was cut off. It raises
+    # A method that receives, `receive_at_rest` apart, raises ClientGoneError if the connection was reset, and
     # ClientSilentError if the client sends nothing for the timeout, or for a second while requests wait for a process,
-    # or less than `Pace` asks for.
+    # or less than `Pace` asks for. A method that sends raises ClientGoneError for all of these.
     __slots__ = ("buffer", "pace", "preface", "previous_head", "rest_timeout", "slot", "sock", "timeout")
 
     def __init__(self, sock: Any, slot: Slot, timeout: float) -> None:
@@ -232,7 +234,7 @@ class Stream:
         self.pace: Pace | None = None  # of the request in hand; None before the first wait for its client
 
     def receive_at_rest(self, deadline: float | None) -> None:
-        """Receive the first bytes of a request; BlockingIOError if none come in time, OSError as from recv(2)."""
+        """Receive the first bytes of a request; BlockingIOError after a second, over TLS at the deadline; OSError."""
         self.pace = None
         while True:
             try:
@@ -395,12 +397,12 @@ def read_head(stream: Stream, deadline: float | None) -> bytes:
     while stream.buffer[:3] in (b"\r", b"\r\n"):  # old clients send CRLF after a body (RFC 9112 §2.2)
         stream.receive_at_rest(deadline)
     checked = 0
-    while (end := stream.buffer.find(b"\r\n\r\n", max(checked - 3, 0)) + 4) < 4:
+    while (end := stream.buffer.find(b"\r\n\r\n", max(checked - 3, 0))) < 0:
         deadline = deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout)
         check_partial_head(stream.buffer, checked)
         checked = len(stream.buffer)
         stream.receive_by(deadline, "head")
-    stream.previous_head, stream.buffer = stream.buffer[:end], stream.buffer[end:]
+    stream.previous_head, stream.buffer = stream.buffer[: end + 4], stream.buffer[end + 4 :]
     return stream.previous_head
 
 
@@ -446,8 +448,8 @@ def parse_head(head: bytes) -> tuple[Request, Environ]:
     length = parse_framing(version, fields)
     if "content-length" in fields:
         fields["content-length"] = str(length)  # equal repeats become one
-    options = parse_list(fields["connection"]) if "connection" in fields else ()
-    is_persistent = "close" not in options and (version != "HTTP/1.0" or "keep-alive" in options)
+    connection = parse_list(fields["connection"]) if "connection" in fields else ()
+    is_persistent = "close" not in connection and (version != "HTTP/1.0" or "keep-alive" in connection)
     expectations = parse_list(fields["expect"]) if "expect" in fields else ()
     require({*expectations} <= {"100-continue"}, 417, "an expectation other than 100-continue")
     expects_continue = bool(expectations) and version != "HTTP/1.0"  # 1.0 knows none (RFC 9110 §10.1.1)
@@ -529,10 +531,11 @@ def parse_framing(version: str, fields: dict[str, str]) -> int | None:
         if length is None:
             return 0
         digits, *repeats = (part.strip(" \t") for part in length.split(","))  # all must agree (RFC 9110 §8.6)
+        # int alone would accept +1, -1 and 1_0.
         require(digits.isascii() and digits.isdigit() and {*repeats} <= {digits}, 400, "an invalid Content-Length")
         digits = digits.lstrip("0") or "0"
-        require(len(digits) < 19, 413, "a Content-Length beyond all bounds")
-        return int(digits)  # int alone would accept +1, -1 and 1_0
+        require(len(digits) <= MAX_LENGTH_DIGITS, 413, "a Content-Length beyond all bounds")
+        return int(digits)
     require(length is None, 400, "Content-Length together with Transfer-Encoding")
     require(version != "HTTP/1.0", 400, "Transfer-Encoding in HTTP/1.0")
     if coding.lower() == "chunked":
@@ -554,11 +557,11 @@ class Body(io.RawIOBase):
 
     def __init__(self, stream: Stream, request: Request, limit: int, buffered: int) -> None:
         self.stream, self.buffered = stream, buffered
-        self.is_chunked = request.length is None  # until the last chunk
+        self.has_more_chunks = request.length is None
         self.remaining = request.length or 0  # bytes to come of the body, or of the chunk in hand
         self.limit = limit - self.remaining  # bytes that further chunks may hold
         self.awaits_continue = request.expects_continue  # until the body is read or the response begins
-        self.untouched = 0  # of a chunked body to be streamed: `remaining` when the application was called
+        self.untouched = 0  # of a streamed chunked body: the value of `remaining` when the application was called
         self.failure: tuple[int, str] | None = None  # not the exception, whose frames refer to this body
         self.extensions = 0  # bytes of chunk extensions so far
         self.is_behind_chunk = False  # the CRLF that ends the chunk in hand is still to come
@@ -577,7 +580,7 @@ class Body(io.RawIOBase):
                 self.awaits_continue = False
                 if not self.stream.buffer:  # else the body comes already (RFC 9110 §10.1.1)
                     self.stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            if self.is_chunked and not self.remaining:
+            if self.has_more_chunks and not self.remaining:
                 self.read_chunk_line()
             if not self.remaining:
                 return 0
@@ -608,16 +611,16 @@ class Body(io.RawIOBase):
             for count, line in enumerate(iter(partial(self.stream.read_line, MAX_FIELD_LINE), b"")):
                 require(count < MAX_FIELDS, 431, "too many trailer fields")
                 parse_field_line(line)
-            self.is_chunked = False
+            self.has_more_chunks = False
 
     def add_input(self, environ: Environ) -> None:
         """Set wsgi.input, and CONTENT_LENGTH for a chunked body that is small enough to be buffered."""
         # Django and Bottle read no body without CONTENT_LENGTH. A body larger than --buffer-chunked is left to
         # applications that know wsgi.input_terminated, as those of Flask, Falcon and Pyramid do.
-        was_chunked, content = self.is_chunked, bytearray()
-        while self.is_chunked and len(content) <= self.buffered:
+        was_chunked, content = self.has_more_chunks, bytearray()
+        while self.has_more_chunks and len(content) <= self.buffered:
             content += self.read(RECEIVE_SIZE)
-        if was_chunked and not self.is_chunked:
+        if was_chunked and not self.has_more_chunks:
             environ["wsgi.input"], environ["CONTENT_LENGTH"] = io.BytesIO(content), str(len(content))
             return
         environ["wsgi.input"] = io.BufferedReader(self, RECEIVE_SIZE)
@@ -633,8 +636,6 @@ class Body(io.RawIOBase):
 
     def drain(self) -> bool:
         """Drop what the application left unread; return whether the body has ended and a next request can follow."""
-        if self.awaits_continue or self.failure:
-            return False
         left, waste = MAX_DRAINED, bytearray(RECEIVE_SIZE)
         with suppress(HTTPError):  # the response is already sent: only the close follows
             while left >= self.remaining:
@@ -667,7 +668,7 @@ def strip_mapping(address: str) -> str:
 
 
 def make_request_environ(request: Request) -> Environ:
-    """Return the part of the environ that a head tells, with each field as HTTP_*, and what is always the same."""
+    """Return the part of the environ that depends on the head alone, and what is always the same."""
     environ = {"HTTP_" + name.upper().replace("-", "_"): value for name, value in request.fields.items()}
     environ.pop("HTTP_TRANSFER_ENCODING", None)  # Body decodes the chunks; Bottle would do it again
     for name in ("HTTP_CONTENT_TYPE", "HTTP_CONTENT_LENGTH"):
@@ -687,7 +688,7 @@ def make_request_environ(request: Request) -> Environ:
 # takes the head and the first block that is not empty, except for a file. The framing is decided just before.
 
 DATE = "Date: {0}, {2} {1} {4} {3} GMT\r\n\r\n"  # with the empty line behind it (RFC 9110 §6.6.1)
-PLAIN_KINDS = [(kind, io.FileIO) for kind in (io.FileIO, io.BufferedReader, io.BufferedRandom)]  # with their `raw`
+PLAIN_KINDS = [(kind, io.FileIO) for kind in (io.FileIO, io.BufferedReader, io.BufferedRandom)]  # file, its `raw`
 
 
 def run_application(application: Application, environ: Environ, response: Response) -> None:
@@ -782,7 +783,7 @@ class Response:
         if size > room:
             if not self.drops_blocks:
                 self.drops_blocks = True
-                log_error("the body is longer than its Content-Length of %d: cut there" % framing.length)
+                log("the body is longer than its Content-Length of %d: cut there" % framing.length)
             block, size = block[: int(room)], int(room)
         if framing.is_chunked:
             if block:
@@ -814,11 +815,11 @@ class Response:
         kinds = type(file), type(getattr(file, "raw", file))
         if self.framing or not self.head or kinds not in PLAIN_KINDS or not file.readable():
             return False
-        fd, status = file.fileno(), os.fstat(file.fileno())
-        if not (stat.S_ISREG(status.st_mode) and status.st_blocks):
+        fd, found = file.fileno(), os.fstat(file.fileno())
+        if not (stat.S_ISREG(found.st_mode) and found.st_blocks):
             return False
         offset = file.tell()
-        framing = self.frame(max(status.st_size - offset, 0))
+        framing = self.frame(max(found.st_size - offset, 0))
         self.stream.send(framing.head)
         # pread and send were 1.4 times as fast as sendfile(2) over loopback on Linux 6.18, with less processor time.
         while block := os.pread(fd, int(min(framing.length - self.sent, FILE_BLOCK_SIZE)), offset + self.sent):
@@ -889,15 +890,16 @@ def parse_response_head(status: str, response_headers: tuple[tuple[str, str], ..
             raise ValueError("a field of the connection is the server's to set: %s: %s" % header)
         names.add(name)
         if name == "content-length":
-            if not (length is None and value.isascii() and value.isdigit() and len(value) < 19):
+            if not (length is None and value.isascii() and value.isdigit() and len(value) <= MAX_LENGTH_DIGITS):
                 raise ValueError("not a Content-Length, or a second one: %r" % value)
             length = int(value)
         elif name != "connection":
             lines.append("%s: %s\r\n" % (header[0], value))
     if "server" not in names:
         lines.append("Server: %s\r\n" % PRODUCT)
-    code, text = int(status[:3]), "".join(lines).encode("latin-1")  # a 205 has no content (RFC 9110 §15.3.6)
-    return ResponseHead(code, text, 0 if code == 205 else length, "connection" in names, "date" in names)
+    code, text = int(status[:3]), "".join(lines).encode("latin-1")
+    length = 0 if code == 205 else length  # a 205 has no content (RFC 9110 §15.3.6)
+    return ResponseHead(code, text, length, "connection" in names, "date" in names)
 
 
 class FileWrapper:
@@ -929,8 +931,8 @@ def serve_connection(
         slot.mark_silent()
         while serve_request(application, options, stream, environ, deadline):
             deadline = None
-            if not (slot.may_wait() or stream.buffer or stream.rest_timeout):
-                raise ClientSilentError
+            if not (slot.end_request() or stream.buffer or stream.rest_timeout):
+                return True  # the parent wants the connection back, or this process must leave
     except (ClientSilentError, BlockingIOError):
         if stream.sock is sock:  # else it is a TLS session, with which no other process can go on
             return True
@@ -957,7 +959,7 @@ def serve_request(
         # Step 2: make the environ. A chunked body is buffered here, up to a limit; the application reads any other.
         began = slot.mark_busy(request.line)
         response = Response(stream, request, not (request.is_persistent and options.keep_alive))
-        environ = {**variables, **shared, "webserver.requests": slot.counts[slot.index], "wsgi.input": io.BytesIO()}
+        environ = {**variables, **shared, "webserver.requests": slot.requests[slot.index], "wsgi.input": io.BytesIO()}
         if request.length != 0:
             response.body = Body(stream, request, options.limit_request_body, options.buffer_chunked)
             response.body.add_input(environ)
@@ -979,7 +981,7 @@ def serve_request(
     body = response.body
     if not (detail or response.is_closing) and (body is None or body.drain()):
         return True
-    has_body_left = body and (body.is_chunked or body.remaining)
+    has_body_left = body and (body.has_more_chunks or body.remaining)
     if detail or stream.buffer or has_body_left or response.request.is_persistent:
         stream.linger()  # else the client wanted the close, and all its bytes were read
     return False
@@ -993,7 +995,7 @@ def recover(response: Response, error: BaseException) -> str:
     }  # fmt: skip
     default = causes.get(type(error), (500, "the application failed"))
     status, detail = error.args if isinstance(error, HTTPError) else default
-    with suppress(ClientGoneError):  # the log line has the status that it would have got
+    with suppress(ClientGoneError):  # then the log has the status that the client would have got
         if response.framing is None and status:
             line = "%d %s" % (status, REASONS[status])
             response.body, response.is_closing = None, True
@@ -1005,7 +1007,7 @@ def recover(response: Response, error: BaseException) -> str:
         response.stream.slot.retire()  # the memory of this process would not shrink
     if not isinstance(error, (HTTPError, ClientGoneError)):  # last: formatting may take long, or fail
         response.stream.slot.mark_progress()
-        log_error('error in "%s"' % escape(response.request.line.decode("latin-1")))
+        log('error in "%s"' % escape(response.request.line.decode("latin-1")))
         log_exception(error)
     return str(detail)
 
@@ -1017,7 +1019,7 @@ MAX_LOGGED = (2000, 600, 60)  # characters of each text in an access log line: t
 MAX_TRACEBACK = 16384  # characters; a longer one loses its middle
 QUIET = 60.0  # seconds between two log lines about the same trouble
 LAST_LOGGED: dict[str, float] = {}  # when log_throttled has logged a text, by time.monotonic
-UNSAFE = re.compile(r"[^ !#-\[\]-~]")
+UNSAFE = re.compile(r"[^ !#-\[\]-~]")  # not visible ASCII, or a quote, or a backslash
 COMBINED = '%(client)s - - [%(time)s] "%(request)s" %(status)d %(bytes)d "%(referer)s" "%(user_agent)s" %(seconds).6f'
 
 
@@ -1071,7 +1073,7 @@ def write_line(fd: int, line: str) -> None:
         pass  # the log was closed
 
 
-def log_error(text: str) -> None:
+def log(text: str) -> None:
     """Write the text to stderr with the pid in front of each line, so that no quoted text can forge a line."""
     for line in text.splitlines():
         write_line(2, "[%d] %s" % (os.getpid(), "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)))
@@ -1082,7 +1084,7 @@ def log_throttled(text: str) -> None:
     now = time.monotonic()
     if now - LAST_LOGGED.get(text, -QUIET) >= QUIET:
         LAST_LOGGED[text] = now
-        log_error(text)
+        log(text)
 
 
 def log_exception(error: BaseException) -> None:
@@ -1096,16 +1098,17 @@ def log_exception(error: BaseException) -> None:
         text = "".join(traceback.format_exception(type(error), error, trace))
         if len(text) > MAX_TRACEBACK:
             text = "%s\n[...]\n%s" % (text[: MAX_TRACEBACK // 2], text[-MAX_TRACEBACK // 2 :])
-        log_error(text)
+        log(text)
     except BaseException as failure:  # the methods of an exception class may raise anything
         names = object.__repr__(error).split()[0][1:], object.__repr__(failure).split()[0][1:]
-        log_error("%s, whose traceback cannot be formatted: %s" % names)
+        log("%s, whose traceback cannot be formatted: %s" % names)
 
 
 # ---- Part two: processes ----------------------------------------------------
 # The parent accepts connections and holds those that no child works at. When the next head of a connection is there,
 # the parent puts the connection into the queue. A child that waits there takes it, serves it, and gives it back when
-# the client has been silent for a second. The parent consumes no byte of a client and calls no application.
+# the client has been silent for a second. The parent consumes no byte of a client; once it serves, it calls no
+# application.
 #
 # ---- 10. Listening socket ---------------------------------------------------
 # An address -> a socket that listens: opened here, or inherited from a service manager (socket(7), sd_listen_fds(3)).
@@ -1131,7 +1134,7 @@ class Listener:
         self.family, self.is_unix = self.sock.family, self.sock.family == socket.AF_UNIX
         self.is_foreign = bind.startswith("fd:")  # inherited: the service manager may go on to use it
         self.path = os.path.abspath(bind[5:]) if bind.startswith("unix:") else ""
-        self.file = os.stat(self.path) if os.path.exists(self.path) else None
+        self.file_stat = os.stat(self.path) if os.path.exists(self.path) else None
         self.sock.setblocking(False)
         set_clock(self.sock)
         if not self.is_unix:  # a TCP connection inherits the clock, and these options (tcp(7))
@@ -1151,15 +1154,15 @@ class Listener:
         """Stop listening, and remove the socket file unless another server has put its own file there."""
         self.sock.close()
         with suppress(OSError):  # the file is gone, or this user may not remove it
-            if self.file and os.path.samestat(self.file, os.stat(self.path)):
+            if self.file_stat and os.path.samestat(self.file_stat, os.stat(self.path)):
                 os.unlink(self.path)
-        self.file = None  # a successor may get the same inode
+        self.file_stat = None  # a successor may get the same inode
 
 
 def adopt(family: int, fd: int) -> socket.SocketType:
     """Return a socket for the descriptor of a connection; it blocks, since `set_clock` bounds only such a wait."""
     sock = socket.SocketType(family, STREAM, 0, fd)
-    sock.setblocking(True)  # an application may set a default timeout; on BSD, O_NONBLOCK is that of the listener
+    sock.setblocking(True)  # an application may set a default timeout; on BSD it inherits O_NONBLOCK from the listener
     return sock
 
 
@@ -1214,7 +1217,7 @@ def bind_tcp(host: str, port: int) -> socket.socket:
         raise StartError("there is no host %r; choose an address of this machine" % host, 2) from None
     family, kind, protocol, _, address = found[0]
     listener = socket.socket(family, kind, protocol)
-    # Else bind(2) fails as long as connections of a former server are in TIME_WAIT (socket(7)).
+    # Without it, bind(2) fails while connections of a former server are in TIME_WAIT (socket(7)).
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if family == socket.AF_INET6:
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not is_dual)
@@ -1248,11 +1251,12 @@ def describe_address(listener: socket.SocketType, scheme: str) -> str:
 
 # ---- 11. Scoreboard ---------------------------------------------------------
 # Memory that the parent and the children share, with a slot for each child. It has no lock: each number but `leave_by`
-# has one writer at a time. State and time are one aligned double: no reader sees one without the other.
+# and `waiting` has one writer at a time. State and time are one aligned double: no reader sees one without the other.
 # A text may be read half written; nothing but the order of requests and the logs depends on it.
 
-# Orders, in this sequence: responses close; requests wait at the cap; a request waits for a fork; it waits too long
-STOPPING, PRESSED, WANTED, LATE = 1, 2, 4, 8
+STOPPING, PRESSED = 1, 2  # orders: responses close; requests wait at the cap
+WANTED, LATE = 4, 8  # a request waits for a fork; it waits too long
+FIRST_SLOT, TEXTS = 8, 56  # offsets in bytes: of slot 0, behind the orders; of the texts of slot 0, behind its numbers
 RECORD = struct.Struct("=44s196s")  # the client, and the request-line
 give_way = getattr(os, "sched_yield", lambda: None)  # sched_yield(2), which not every system has
 SLOT_SIZE = 36 * 8  # six numbers and a record; small, so that the first slots share one page of memory
@@ -1271,13 +1275,13 @@ class Scoreboard:
     def __init__(self, slots: int, fd: int = -1) -> None:
         """Map the memory of the descriptor, whose size tells the number of slots; without one, map new memory."""
         self.fd = fd
-        self.memory = memoryview(mmap.mmap(fd, 8 + slots * SLOT_SIZE if fd < 0 else 0))
+        self.memory = memoryview(mmap.mmap(fd, FIRST_SLOT + slots * SLOT_SIZE if fd < 0 else 0))
         doubles, numbers, stride = self.memory.cast("d"), self.memory.cast("q"), SLOT_SIZE // 8
         self.orders, self.waiting, self.pids = numbers[:1], numbers[1::stride], numbers[4::stride]
         self.since, self.leave_by = doubles[2::stride], doubles[3::stride]
         self.taken, self.requests = numbers[5::stride], numbers[6::stride]
         self.children = {pid: slot for slot, pid in enumerate(self.pids) if pid}  # after a reload, the old ones
-        self.used = max(self.children.values(), default=-1) + 1
+        self.used = max(self.children.values(), default=-1) + 1  # from this slot on, none was ever used
 
     def order(self, order: int, is_wanted: bool) -> None:
         """Give this order to all children, or withdraw it."""
@@ -1297,19 +1301,19 @@ class Scoreboard:
 
     def clear(self, slot: int) -> None:
         """Free the slot: set all its bytes to 0."""
-        first = 8 + slot * SLOT_SIZE
+        first = FIRST_SLOT + slot * SLOT_SIZE
         self.memory[first : first + SLOT_SIZE] = bytes(SLOT_SIZE)
 
     def read_text(self, slot: int, number: int) -> str:
         """Return the client (0) or the request-line (1) of the child in the slot, escaped for a log."""
-        text: bytes = RECORD.unpack_from(self.memory, 56 + slot * SLOT_SIZE)[number]
+        text: bytes = RECORD.unpack_from(self.memory, TEXTS + slot * SLOT_SIZE)[number]
         return escape(text.rstrip(b"\0").decode("latin-1"))
 
     def describe(self, slot: int) -> str:
         """Return what the child in the slot does."""
         doing = "serving" if self.since[slot] > 0 else "waiting for"
         texts = doing, self.read_text(slot, 0), self.read_text(slot, 1)
-        return '%s %s "%s"' % texts if self.since[slot] else "waiting"
+        return '%s %s "%s"' % texts if self.since[slot] and texts[1] else "waiting"
 
 
 class Slot:
@@ -1317,15 +1321,16 @@ class Slot:
 
     def __init__(self, board: Scoreboard) -> None:
         self.client, self.line = b"", b""
-        self.check_at = 0.0  # until then `may_wait` relies on the last look at the parent and `leave_by`; 0: on none
+        self.check_at = 0.0  # when to look again at the parent and `leave_by`; 0: after each request
         self.memo = b""  # what a PROXY header has told of the connection in hand
         self.attach(board, 0, os.getpid())
 
     def attach(self, board: Scoreboard, index: int, pid: int) -> None:
         """Write into the slot with this index from now on, for the process with this pid."""
         self.board, self.index = board, index
-        self.write = partial(RECORD.pack_into, board.memory, 56 + index * SLOT_SIZE)
-        self.since, self.leave_by, self.orders, self.counts = board.since, board.leave_by, board.orders, board.requests
+        self.write = partial(RECORD.pack_into, board.memory, TEXTS + index * SLOT_SIZE)
+        self.since, self.leave_by = board.since, board.leave_by
+        self.orders, self.requests = board.orders, board.requests
         self.pid, self.parent = pid, os.getppid()
 
     def mark_waiting(self, is_waiting: bool, taken: int = 0) -> None:
@@ -1347,7 +1352,7 @@ class Slot:
 
     def mark_busy(self, line: bytes) -> float:
         """Note that a request is in hand; return the time."""
-        self.counts[self.index] += 1
+        self.requests[self.index] += 1
         if line is not self.line:  # a repeated head has the same object: it is written already
             self.line = line
             self.write(self.client, line)
@@ -1380,15 +1385,15 @@ class Slot:
         return False
 
     def may_keep(self) -> bool:
-        """Return whether a TLS connection at rest, which no other process can take over, may stay, also in a reload."""
+        """Return whether a TLS connection at rest may stay, also in a reload: no other process can take it over."""
         now = time.monotonic()
         if not self.must_leave(now):
             return not self.is_told(PRESSED)
-        is_in_time = now + TICK < self.leave_by[self.index] < UNBOUNDED
+        is_in_time = now + TICK < self.leave_by[self.index] < UNBOUNDED  # only a reload sets such a time
         return is_in_time and not self.is_told(PRESSED | STOPPING)
 
-    def may_wait(self) -> bool:
-        """Note that a request is done, step back for a parent that must fork, return whether to wait for the next."""
+    def end_request(self) -> bool:
+        """Note that a request is done, step back for a parent that must fork; return whether to wait for the next."""
         orders, now = self.orders[0], self.mark_silent()
         if not orders and now <= self.check_at:  # what follows would cost 5 % after each request
             return True
@@ -1462,8 +1467,8 @@ def wait_readable(sock: socket.SocketType, seconds: float) -> bool:
 class Child:
     """Owns the life of a serving process, from fork to exit. The parent makes it, and each fork has a copy of it."""
 
-    def __init__(self, serve: Service, family: int, mailbox: Channel, board: Scoreboard, options: Options) -> None:
-        self.serve_connection, self.family, self.queue, self.mailbox = serve, family, Channel(), mailbox
+    def __init__(self, service: Service, family: int, mailbox: Channel, board: Scoreboard, options: Options) -> None:
+        self.service, self.family, self.queue, self.mailbox = service, family, Channel(), mailbox
         self.options = options
         self.connections = options.connections_per_child  # kept here: a look-up in Options costs each fork some pages
         self.slot = Slot(board)
@@ -1530,7 +1535,7 @@ class Child:
             sock.close()
             return
         self.slot.mark_client(address[0].encode() if isinstance(address, tuple) else b"unix")
-        while self.serve_connection(sock, address, self.slot, deadline) and not self.give_back(sock):
+        while self.service(sock, address, self.slot, deadline) and not self.give_back(sock):
             deadline = None  # the mailbox is full: wait for the client once more
 
     def give_back(self, sock: socket.SocketType) -> bool:
@@ -1554,7 +1559,7 @@ class Child:
             if since in (0.0, self.interrupted) or time.monotonic() - abs(since) <= self.options.timeout:
                 return  # the request was done when the signal came, or was interrupted already
             self.interrupted = since
-            # Negative: other signals have restarted the wait for the client again and again, so that it did not end.
+            # Negative: other signals have restarted the wait for the client again and again.
             raise Overdue if since > 0 else ClientSilentError
 
     def detach(self) -> None:
@@ -1570,14 +1575,14 @@ def exit_child(status: int) -> NoReturn:
     try:
         if "threading" in sys.modules:
             sys.modules["threading"]._shutdown()  # what CPython itself calls at its end; there is no public name
-        exit_at_once(status)
+        exit_without_threads(status)
     finally:
         os._exit(status)  # even if an exit handler has raised
 
 
 # ---- 13. Reactor ------------------------------------------------------------
 # The connections that no child works at: accepted, at rest, ready for a child, given back, expired. One selector
-# watches them, the listener and the mailbox. The parent looks at received bytes, but consumes none (MSG_PEEK, recv(2)).
+# watches them, the listener and the mailbox. The parent peeks at received bytes (MSG_PEEK, recv(2)).
 
 PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 ACCEPT_AT_ONCE = 64  # connections, before other events have their turn
@@ -1596,7 +1601,7 @@ class Connection:
 
 
 def find_group(host: str) -> Any:
-    """Return what identifies the client at an address: the address, or the /64 of IPv6, since one client has all."""
+    """Return what identifies a client: its IPv4 address, or the /64 of its IPv6 address, all of which it may use."""
     host = strip_mapping(host)
     with suppress(OSError):  # a part of an address, which its child is just writing to the scoreboard
         return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8] if ":" in host else host
@@ -1636,7 +1641,7 @@ class Reactor:
         for key, _ in self.selector.select(seconds):
             if key.data:
                 key.data()  # take_back or accept
-            elif connection := self.resting.get(key.fd):  # else an event before it has closed it to make room
+            elif connection := self.resting.get(key.fd):  # else an earlier event has closed it to make room
                 self.look_at(connection)
 
     def accept(self) -> bool:
@@ -1680,7 +1685,7 @@ class Reactor:
 
     def look_at(self, connection: Connection) -> None:
         """Look at what the client has sent: line the connection up for a child, let it rest, or close it."""
-        seen = connection.seen  # readable with no more bytes than these: the client has ended its side
+        seen = connection.seen
         try:
             count = connection.sock.recv_into(self.peeked, 0, PEEK)
         except BlockingIOError:
@@ -1772,7 +1777,7 @@ LAST_CALL = 1.0  # seconds from a stop to the close of connections at rest, whos
 FORK_DELAY = 0.01  # seconds without a spare child until the next fork; a child that is reaped ends the delay
 LATE_AFTER = 0.05  # seconds between two checks; a request that both find in the queue makes children step back
 FAIR_ORDER_EVERY = 0.05  # seconds between two sorts of the requests that wait: each reads the whole scoreboard
-TOTALS = "forks", "reaped", "crashes", "timeouts", "requests", "ms of processor"  # the last less that before a reload
+TOTALS = "forks", "reaped", "crashes", "timeouts", "requests", "ms of processor"  # since the start or the last reload
 ADVICE_AFTER, EXPENSIVE, FEW_REQUESTS = 100, 20.0, 4  # processes reaped; per process: ms of processor, requests
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD, signal.SIGALRM)
 
@@ -1781,17 +1786,17 @@ class Signals:
     """Owns the signal handlers of the server, and the numbers of the signals that were not handled yet (signal(7)).
 
     The handler notes the number, a byte in the mailbox ends the sleep, and the parent's loop acts. In a child, or while
-    the application loads, `Child.on_signal` or `end_loading` acts at once. WARNING: CPython forgets signals that come
-    between fork(2) and the return of os.fork(). The server's children lose nothing: their orders are on the scoreboard.
-    But an application may terminate a process that it has just forked: so the thread that forks blocks signals until
-    os.fork() returns. While the parent serves, it forks only for the server: `detach` is None, and nothing is blocked.
+    the application loads, `Child.on_signal` or `on_loading_signal` acts at once. WARNING: CPython forgets signals that
+    come to a child between fork(2) and the return of os.fork(). The server's children lose nothing: their orders are on
+    the scoreboard. But an application may terminate a process that it has just forked: so the thread that forks blocks
+    signals until os.fork() returns. While the parent serves, it forks only for the server: nothing is blocked then.
     """
 
     def __init__(self, wakeup: socket.socket) -> None:
         self.wakeup = wakeup
         self.pending: list[int] = []
-        self.receiver: Callable[[int], Any] = self.pending.append
-        self.handlers: dict[int, Any] = {}  # by signal: the handler before ours
+        self.act: Callable[[int], Any] = self.pending.append  # what a handler does
+        self.former: dict[int, Any] = {}  # by signal: the handler before ours
         self.has_terminal = os.isatty(2)  # stderr is a terminal
         self.detach: Callable[[], None] | None = None  # called in a process that the application has forked
         self.masks: dict[int, Any] = {}  # by the thread in which the application forks: the signal mask before
@@ -1801,8 +1806,8 @@ class Signals:
         """Handle these signals, whatever the application has set or blocked; StartError outside the main thread."""
         try:
             for signum in signums:
-                self.handlers.setdefault(signum, signal.signal(signum, self.on_signal))
-            self.handlers.setdefault(signal.SIGPIPE, signal.signal(signal.SIGPIPE, signal.SIG_IGN))
+                self.former.setdefault(signum, signal.signal(signum, self.on_signal))
+            self.former.setdefault(signal.SIGPIPE, signal.signal(signal.SIGPIPE, signal.SIG_IGN))
             signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
         except ValueError:
             raise StartError("serve() must run in the main thread, which is where signals arrive") from None
@@ -1811,7 +1816,7 @@ class Signals:
     def on_signal(self, signum: int, _: Any) -> None:
         """Note a signal; but drop SIGALRM, which raises an exception, during a fork: the parent sends it again."""
         if not (self.masks and signum == signal.SIGALRM):
-            self.receiver(signum)
+            self.act(signum)
 
     def has_lost_terminal(self) -> bool:
         """Return whether the terminal was closed at which the server was started: then SIGHUP does not mean reload."""
@@ -1819,9 +1824,9 @@ class Signals:
 
     def release(self) -> None:
         """Restore the handlers that were set before `catch`."""
-        if self.handlers:  # else nothing was caught, perhaps since this is not the main thread
+        if self.former:  # else nothing was caught, perhaps since this is not the main thread
             signal.set_wakeup_fd(-1)
-        for signum, handler in self.handlers.items():
+        for signum, handler in self.former.items():
             if signal.getsignal(signum) in (self.on_signal, signal.SIG_IGN):
                 signal.signal(signum, handler or signal.SIG_DFL)
         self.detach = None
@@ -1851,12 +1856,12 @@ class Queue:
 
     def __init__(self, channel: Channel, board: Scoreboard) -> None:
         self.channel, self.board = channel, board
-        self.put_in = 0  # requests, since the start of this program
-        self.taken_before = -sum(board.taken)  # of these, by children that were reaped; less those before a reload
+        self.put_in = 0  # connections, since the start of this program
+        self.taken_before = -sum(board.taken)  # by children since reaped, less those taken before a reload
         self.fair_at = 0.0  # when the requests that wait are sorted again
-        self.check_at, self.put_in_then = 0.0, 0  # when `check_lateness` is due; `put_in` at the last one
-        self.least_spare = self.uncounted = 0  # the fewest since the last TICK; requests not counted as taken
-        self.idle: set[int] = set()  # slots of children that waited at the last TICK beside a request in the queue
+        self.late_at, self.put_in_then = 0.0, 0  # when `check_lateness` is due; `put_in` at the last one
+        self.least_spare = self.uncounted = 0  # the fewest spare since the last TICK; connections not counted as taken
+        self.suspects: set[int] = set()  # slots of children that waited at the last TICK beside a request in the queue
 
     def fill(self, reactor: Reactor, now: float, free: int) -> int:
         """Put in at most `free` requests, one for each child that is free or may be forked; return how many."""
@@ -1869,7 +1874,7 @@ class Queue:
             try:
                 self.channel.send(DEADLINE.pack(connection.deadline) + connection.memo, connection.sock.fileno())
             except OSError as error:  # the queue is full; ETOOMANYREFS: it holds too many descriptors
-                if error.errno == errno.EPIPE:  # a stop has ended it, for which this connection came too late
+                if error.errno == errno.EPIPE:  # a stop has ended the queue: these connections came too late
                     reactor.ready.clear()
                 elif error.errno not in (errno.EAGAIN, errno.ENOBUFS):
                     log_throttled("cannot hand over a connection: %s" % error.strerror)
@@ -1883,14 +1888,14 @@ class Queue:
         return self.put_in - before
 
     def count_taken(self) -> int:
-        """Return how many requests the children have taken out."""
+        """Return how many connections the children have taken out."""
         return self.taken_before + sum(self.board.taken[: self.board.used])
 
     def check_lateness(self, now: float) -> None:
         """Tell children to step back if a request that was put in before the last check is still in the queue."""
-        if now >= self.check_at:
+        if now >= self.late_at:
             self.board.order(LATE, self.count_taken() < self.put_in_then)
-            self.check_at, self.put_in_then = now + LATE_AFTER, self.put_in
+            self.late_at, self.put_in_then = now + LATE_AFTER, self.put_in
 
     def count_spare(self) -> int:
         """Return how many more children wait than the queue has requests; below 0, so many children are missing."""
@@ -1899,15 +1904,15 @@ class Queue:
         return spare
 
     def look_after(self) -> None:
-        """Correct the counts; of the children that were spare ever since the last call, tell all but one to leave."""
+        """Withdraw PRESSED; correct the counts; of the children that were spare since the last call, let one stay."""
         self.board.order(PRESSED, False)  # until `fill` gives the order again
         waiting = {slot for slot, is_waiting in enumerate(self.board.waiting[: self.board.used]) if is_waiting}
         if wait_readable(self.channel.receiver, 0):
-            for slot in waiting & self.idle:  # stuck or stopped: they do not count as spare
+            for slot in waiting & self.suspects:  # stuck or stopped: they do not count as spare
                 self.board.waiting[slot] = 0
-            self.idle = waiting
+            self.suspects = waiting
             return
-        self.idle = set()
+        self.suspects = set()
         uncounted = self.put_in - self.count_taken()  # taken just now, or by a child that died before it counted
         self.taken_before += min(uncounted, self.uncounted)
         self.uncounted = uncounted
@@ -1937,8 +1942,8 @@ class Parent:
         signals.detach = None  # from here on, this process forks only children; `give_up` sets it in each
         # A reload keeps the size of the scoreboard. The cap falls below `most` while the system refuses more processes.
         self.most = self.cap = min(options.max_children, len(self.board.pids))
-        self.fork_at: float | None = 0.0  # when to fork the next child; None: no fork is due
-        self.put_in_before = 0  # how many requests had been put in when the delay began
+        self.fork_at = 0.0  # when to fork the next child; UNBOUNDED: no fork is due
+        self.ahead = 0  # how many requests had been put in when the delay began: it lasts until they are taken
         self.fork_again_at = self.fork_pause = 0.0  # no fork before this; the pause after children that died unused
         self.tick_at = self.stop_at = 0.0  # when `watch` is due; when listening ends, 0 until a stop is asked for
         self.grace = options.graceful_timeout  # seconds from `stop_at` on for the requests in hand
@@ -1966,27 +1971,26 @@ class Parent:
                 self.watch(now)
 
     def keep_spare(self, now: float, spare: int) -> float:
-        """Fork a child soon after the last spare one got work, or at once for a request; return when to call again."""
-        # The delay leaves the processor to the child that answers. A request waits for it, too, if children serve
-        # several connections; it starts anew if they have taken all requests that were put in before it began.
+        """Fork a child soon after the last spare one got work, or at once for a request; return `fork_at`."""
+        # The delay leaves the processor to the child that answers. If children serve several connections, a request
+        # waits for it, too; then the delay starts anew if all requests that were put in before it have been taken.
         if spare > 0 or len(self.board.children) >= self.cap or (spare == 0 and self.stop_at):
-            self.fork_at = None
+            self.fork_at = UNBOUNDED
             self.board.order(WANTED | LATE, False)
             if spare < 0:  # the system has refused a fork for which a request was put in already
                 self.board.order(PRESSED, True)
-            return self.tick_at
+            return self.fork_at
         if spare < 0 and self.child.connections == 1:
             self.fork_at = now
-        elif self.fork_at is None or now >= self.fork_at > 0 > spare and self.queue.count_taken() >= self.put_in_before:
-            self.fork_at, self.put_in_before = now + FORK_DELAY, self.queue.put_in
+        elif self.fork_at == UNBOUNDED or (now >= self.fork_at > 0 > spare and self.queue.count_taken() >= self.ahead):
+            self.fork_at, self.ahead = now + FORK_DELAY, self.queue.put_in
         self.fork_at = max(self.fork_at, self.fork_again_at)
         self.board.order(WANTED, spare < 0 and now >= self.fork_at)
-        if now < self.fork_at:
-            return self.fork_at
-        self.queue.check_lateness(now)
-        self.fork()
-        self.fork_at = None if spare >= 0 else now if spare < -1 else now + FORK_DELAY
-        return self.tick_at if self.fork_at is None else self.fork_at
+        if now >= self.fork_at:
+            self.queue.check_lateness(now)
+            self.fork()
+            self.fork_at = UNBOUNDED if spare >= 0 else now if spare < -1 else now + FORK_DELAY  # spare: before it
+        return self.fork_at
 
     def fork(self) -> None:
         """Fork a child that waits at the queue. If the system refuses, the present number is the cap until `watch`."""
@@ -2009,7 +2013,7 @@ class Parent:
         for sock in (self.child.queue.sender, self.child.mailbox.receiver):
             os.close(sock.fileno())
         self.reactor.close_copies()
-        self.signals.receiver = self.child.on_signal
+        self.signals.act = self.child.on_signal
         self.signals.detach = self.child.detach
         become_child()
 
@@ -2022,7 +2026,7 @@ class Parent:
         elif signum == signal.SIGHUP and not self.signals.has_lost_terminal():
             if not self.stop_at:
                 self.reload.begin()
-        elif signum != signal.SIGALRM:
+        elif signum != signal.SIGALRM:  # SIGTERM, SIGINT, or SIGHUP of a terminal that was closed
             self.stop()
 
     def reap(self) -> None:
@@ -2030,14 +2034,14 @@ class Parent:
         # One SIGCHLD may stand for several children: signals merge. So this repeats until no zombie is left, and does
         # not wait for living children (waitpid(2)). An unknown pid is a check of a reload, or an orphan given to PID 1.
         try:
-            while (ended := os.waitpid(-1, os.WNOHANG))[0]:  # 0: the children that are left live
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:  # 0: there are other children, but none has ended
                 if ended[0] in self.board.children:
                     self.record_exit(*ended)
                 else:
                     self.reload.end_check(*ended)
         except ChildProcessError:
             pass  # there is no child at all (`suppress`, here and in `take_back`, costs each fork 11 page faults)
-        if self.stop_at or self.reload.has_passed:
+        if self.stop_at or self.reload.has_passed:  # then `watch` acts at once
             self.tick_at = 0.0
 
     def record_exit(self, pid: int, status: int) -> None:
@@ -2049,8 +2053,8 @@ class Parent:
             give_advice(self.totals)
         if status:
             self.totals["crashes"] += 1
-            log_error("child %d %s while %s" % (pid, describe_end(status), self.board.describe(slot)))
-        # Else children that die before they serve would cause a fork storm.
+            log("child %d %s while %s" % (pid, describe_end(status), self.board.describe(slot)))
+        # Without the pause, children that die before they serve would cause a fork storm.
         self.fork_pause = min(2 * self.fork_pause + FORK_DELAY, TICK) if self.board.waiting[slot] else 0.0
         self.fork_again_at = time.monotonic() + self.fork_pause
         self.fork_at = 0.0  # it was spare, or has made room for another
@@ -2075,7 +2079,7 @@ class Parent:
             self.stop_at, self.grace = time.monotonic(), 0.0
         else:
             self.stop_at = time.monotonic() + self.options.drain_delay
-            log_error("stopping")
+            log("stopping")
             notify("STOPPING=1")
             self.board.order(STOPPING, True)
             self.reload.cancel()
@@ -2100,7 +2104,7 @@ def end_service(now: float, stop_at: float, kill_at: float, reactor: Reactor, qu
 
 
 def enforce_deadlines(now: float, timeout: float, board: Scoreboard, told: dict[int, tuple[float, float]]) -> int:
-    """Interrupt children without progress, kill those that go on or should have left; count the new interruptions."""
+    """Interrupt children without progress; kill those that continue, or are late to leave; count interruptions."""
     count, late = 0, []
     for pid, slot in board.children.items():
         since = board.since[slot]  # read once: the child may change it meanwhile
@@ -2137,7 +2141,7 @@ def give_advice(totals: dict[str, float]) -> None:
     cost = (totals["ms of processor"] + count_processor()) / totals["reaped"]
     requests = totals["requests"] / totals["reaped"]
     if cost > EXPENSIVE and requests < FEW_REQUESTS:
-        log_error(
+        log(
             "a process takes %d ms of processor and serves %.1f requests: --warm-up PATH loads once for all what the"
             " first request loads, --connections-per-child N keeps processes" % (cost, requests)
         )
@@ -2151,17 +2155,17 @@ def count_processor() -> float:
 def report(queue: Queue, reactor: Reactor, totals: dict[str, float]) -> None:
     """Log what each child does, how many connections are held, and the totals."""
     board, now = queue.board, time.monotonic()
-    log_error("%7s %-8s %8s %8s  %s" % ("pid", "state", "age", "requests", "client and request"))
+    log("%7s %-8s %8s %8s  %s" % ("pid", "state", "age", "requests", "client and request"))
     for pid, slot in sorted(board.children.items()):
         since = board.since[slot]
         state = "busy" if since > 0 else "idle" if since < 0 else "waiting" if board.waiting[slot] else "leaving"
         age, doing = ("%.1f s" % (now - abs(since)), board.describe(slot)) if since else ("-", "")
-        log_error("%7d %-8s %8s %8d  %s" % (pid, state, age, board.requests[slot], doing))
-    log_error("connections at rest: %d, waiting for a process: %d" % (len(reactor.resting), len(reactor.ready)))
+        log("%7d %-8s %8s %8d  %s" % (pid, state, age, board.requests[slot], doing))
+    log("connections at rest: %d, waiting for a process: %d" % (len(reactor.resting), len(reactor.ready)))
     numbers = {"connections": queue.count_taken(), **totals}
     numbers["requests"] += sum(board.requests)
     numbers["ms of processor"] += count_processor()
-    log_error("in all: " + ", ".join("%d %s" % (number, name) for name, number in numbers.items()))
+    log("in all: " + ", ".join("%d %s" % (number, name) for name, number in numbers.items()))
 
 
 def serve_alone(child: Child, reactor: Reactor, signals: Signals) -> None:
@@ -2175,7 +2179,7 @@ def serve_alone(child: Child, reactor: Reactor, signals: Signals) -> None:
             child.serve(connection.sock, connection.deadline)
             if child.slot.pid != os.getpid():
                 exit_child(0)  # in a process that the application has forked
-    log_error("stopping")
+    log("stopping")
     while reactor.close_longest_at_rest():
         pass
 
@@ -2241,11 +2245,11 @@ class Reload:
         elif os.WIFEXITED(status) and os.WEXITSTATUS(status) == CHECK_PASSED:
             self.has_passed = True
         else:
-            self.refuse("the new code does not load")
+            self.refuse("the new program does not start")
 
     def refuse(self, reason: str) -> None:
         """Log that there is no reload, and tell the service manager, which may wait for the end of one."""
-        log_error("%s: the old code goes on" % reason)
+        log("%s: the old code goes on" % reason)
         notify("RELOADING=1")
         notify("READY=1")
 
@@ -2277,7 +2281,7 @@ class Reload:
             try:
                 carried.send(BACK + b"\n".join(memos), *fds)
             except OSError as error:  # over 70,000 connections, or more than the user may have in messages (unix(7))
-                log_error("connections at rest are lost in the reload: %s" % error.strerror)
+                log("connections at rest are lost in the reload: %s" % error.strerror)
         run_exit_handlers()  # execve(2) runs none: what the old code has started would go on
         flush_output()
         sockets = self.reactor.listener.sock, mailbox.receiver, mailbox.sender, carried.receiver, carried.sender
@@ -2313,10 +2317,10 @@ def find_kept() -> list[int]:
     return kept
 
 
-def end_loading(pending: list[int], is_reload: bool, signum: int) -> None:
+def on_loading_signal(pending: list[int], is_reload: bool, signum: int) -> None:
     """Handle a signal while the application loads: no loop runs yet, so a signal to stop ends the process at once."""
     if signum == signal.SIGALRM:
-        log_error("the application is still loading: does its module run a server, as by app.run()? Then it never ends")
+        log("the application is still loading: does its module run a server, as by app.run()? Then it never ends")
         if is_reload:
             os._exit(1)
     elif signum in (signal.SIGTERM, signal.SIGINT):
@@ -2332,13 +2336,13 @@ def start_again(**environ: str) -> NoReturn:
         set_limit("RLIMIT_NOFILE")
         os.execve(sys.executable, STARTED_AS, {**STARTED_WITH, **environ})
     except OSError as error:
-        log_error("cannot start %s again: %s" % (sys.executable, error.strerror))
+        log("cannot start %s again: %s" % (sys.executable, error.strerror))
     finally:
         os._exit(1)
 
 
 def list_sources() -> dict[str, int]:
-    """Return when each source was changed, imported or not: one not imported may be why an import fails."""
+    """Return the mtime of each .py file beside a loaded module: one not loaded may be why an import fails."""
     files = [getattr(module, "__dict__", {}).get("__file__") for module in list(sys.modules.values())]
     folders = {os.path.dirname(os.path.abspath(f)) for f in files if isinstance(f, str) and f.endswith(".py")}
     installed = re.compile("%s/|.*/(site|dist)-packages/" % re.escape(os.path.dirname(os.__file__)))
@@ -2788,7 +2792,7 @@ def run_exit_handlers() -> None:
                 process.join()
 
 
-def exit_at_once(status: int) -> NoReturn:
+def exit_without_threads(status: int) -> NoReturn:
     """End the process without a wait for the threads of the application, which may run for ever."""
     run_exit_handlers()
     flush_output()
@@ -2813,7 +2817,7 @@ def notify(state: str) -> None:
                 message = "%s\nMONOTONIC_USEC=%d" % (state, time.monotonic() * 1e6)  # RELOADING=1 requires it
                 sock.sendto(message.encode(), "\0" + path[1:] if path[0] == "@" else path)
         except OSError as error:
-            log_error("cannot notify %s: %s" % (path, error.strerror or error))
+            log("cannot notify %s: %s" % (path, error.strerror or error))
 
 
 def make_shared_file(size: int) -> int:
@@ -2847,7 +2851,7 @@ def load_service(load: Callable[[], Application], options: Options) -> partial[b
         application = transport.wrap(load())
         if not options.no_fork:  # else no process inherits what was opened
             for _, trouble in sorted(find_opened()):
-                log_error("the application has " + trouble)
+                log("the application has " + trouble)
             for target in options.warm_up:
                 warm_up(application, options, target)
     finally:
@@ -2877,7 +2881,7 @@ def warm_up(application: Application, options: Options, target: str) -> None:
             raise StartError("GET %s %s, or warm up another path" % (target, left[0][1]))
         gc.collect()
         time.sleep(TICK / 20)  # a thread may need a moment to end
-    log_error("warmed up: GET %s %d in %d ms" % (target, sock.status, took * 1000))
+    log("warmed up: GET %s %d in %d ms" % (target, sock.status, took * 1000))
 
 
 def end_warm_up(deadline: float, *_: Any) -> None:
@@ -2889,7 +2893,7 @@ def end_warm_up(deadline: float, *_: Any) -> None:
 
 
 class WarmUpSocket:
-    """Owns the request of a warm-up and the status of its response. It has the methods of a socket that are used."""
+    """Owns the request of a warm-up and the status of its response. It has the methods of a socket that Stream uses."""
 
     def __init__(self, request: bytes) -> None:
         self.request, self.status, self.has_failed = request, 0, False
@@ -3225,8 +3229,8 @@ def start(load: Callable[[], Application], options: Options) -> None:
     if options.check or os.environ.get("WEBSERVER_CHECK") == str(os.getpid()):
         service = load_service(load, options)
         if options.check:
-            print("the application loads: %r" % service.args[:1])
-        exit_at_once(0 if options.check else CHECK_PASSED)
+            print("the application loads: %r" % (service.args[0],))
+        exit_without_threads(0 if options.check else CHECK_PASSED)
     rehearse(REHEARSALS)
     # Step 2: the sockets, opened or kept in a reload.
     kept = find_kept()
@@ -3255,7 +3259,7 @@ def load_guarded(load: Callable[[], Application], options: Options, signals: Sig
     A reload raises none: if the load fails although the check has passed, the program is started again. If the module
     takes longer than `bound_loading` says, the process ends with status 1; each warm-up then has a deadline of its own.
     """
-    signals.receiver = partial(end_loading, signals.pending, bool(kept))
+    signals.act = partial(on_loading_signal, signals.pending, bool(kept))
     signals.catch(*(SIGNALS if kept else SIGNALS[1:]))  # SIGINT ends a first load by KeyboardInterrupt
     signal.alarm(int(bound_loading(options)) if kept else LOADING_IS_SLOW)
     try:
@@ -3263,7 +3267,7 @@ def load_guarded(load: Callable[[], Application], options: Options, signals: Sig
     except StartError as reason:
         if not kept:
             raise
-        log_error("the reload fails and is tried again: %s" % reason)
+        log("the reload fails and is tried again: %s" % reason)
     finally:
         signal.alarm(0)
     time.sleep(TICK)
@@ -3275,9 +3279,9 @@ def run(
     kept: list[int],
 ) -> None:  # fmt: skip
     """Serve with children, or without, until a signal stops the server."""
-    signals.receiver = signals.pending.append
+    signals.act = signals.pending.append
     signals.catch(*(SIGNALS[1:] if options.no_fork else SIGNALS))  # SIGINT is the debugger's
-    board = Scoreboard(0, kept[0] if kept else make_shared_file(8 + options.max_children * SLOT_SIZE))
+    board = Scoreboard(0, kept[0] if kept else make_shared_file(FIRST_SLOT + options.max_children * SLOT_SIZE))
     reactor, child = Reactor(listener, mailbox, options), Child(service, listener.family, mailbox, board, options)
     for close_copy in (child.detach, reactor.close_copies, child.queue.sender.close, reactor.selector.close):
         held.callback(close_copy)
@@ -3291,12 +3295,12 @@ def run(
         carried.close()
     prepare_to_fork(options)
     if os.geteuid() == 0:
-        log_error("running as root: let --user NAME give that up once the address is bound")
+        log("running as root: let --user NAME give that up once the address is bound")
     address = describe_address(listener.sock, "https" if options.certfile else "http")
-    log_error("serving on %s, pid %d" % (address, os.getpid()))
+    log("serving on %s, pid %d" % (address, os.getpid()))
     notify("READY=1")
     serve_alone(child, reactor, signals) if options.no_fork else Parent(child, reactor, signals, options).run()
-    log_error("stopped")
+    log("stopped")
 
 
 def main() -> int:
@@ -3314,4 +3318,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    exit_at_once(main())
+    exit_without_threads(main())
