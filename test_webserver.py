@@ -47,6 +47,7 @@ import operator
 import os
 import random
 import re
+import resource
 import select
 import shutil
 import signal
@@ -2005,6 +2006,19 @@ class Text(str):
     """A str by inheritance, as a framework's marked strings are."""
 
 
+class Disguised(str):
+    """A str whose text differs from what it is."""
+
+    def __str__(self) -> str:
+        return "X: y\r\nX-Evil: 1"
+
+
+def test_sends_what_it_has_checked_of_a_str_by_inheritance() -> None:
+    application = give([b"x"], (Disguised("X-Name"), Disguised("value")), status=Disguised("299 Fine"))
+    data = exchange(GET, application=application)
+    assert data.startswith(b"HTTP/1.1 299 Fine\r\n") and b"\r\nX-Name: value\r\n" in data and b"Evil" not in data
+
+
 def test_judges_a_header_alike_whatever_came_before_it() -> None:
     marked, plain = give([b"x"], ("X-Alike", Text("1"))), give([b"x"], ("X-Alike", "1"))
     before = ask(GET, marked).status  # PEP 3333 leaves open whether it is a native string
@@ -2791,8 +2805,6 @@ def test_another_holder_of_the_listening_socket_cannot_make_accept_block_for_goo
 
 @on_linux
 def test_survives_that_accept_fails(tmp_path: Any) -> None:
-    import resource
-
     with Running(tmp_path, app=RUNS_QUERY) as server:
         wait_until(server.children, "the spare")
         soft, hard = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
@@ -3020,8 +3032,6 @@ def test_silent_connections_cost_no_process(shared: Running) -> None:
 
 
 def test_a_thousand_connections_at_rest_cost_no_process(tmp_path: Any) -> None:
-    import resource
-
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
                                                 resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     with Running(tmp_path, app=ANSWERS % "at rest") as server, contextlib.ExitStack() as stack:
@@ -3376,7 +3386,8 @@ CRASHES = [  # what the application does, the status of the answer (None: the co
     ("killed", "os.kill(os.getpid(), 9)", None, "SIGKILL"),
     ("terminated", "import signal; signal.signal(15, signal.SIG_DFL); os.kill(os.getpid(), 15)", None, "SIGTERM"),
     ("_exit", "os._exit(3)", None, "exited with 3"),
-    ("_exit-0", "os._exit(0)", None, ""),
+    ("_exit-0", "os._exit(0)", None, "exited with 0"),
+    ("exec", "os.execv('/bin/true', ['true'])", None, "exited with 0"),
     ("sys.exit", "import sys; sys.exit(3)", 500, "SystemExit"),
     ("sys.exit-0", "import sys; sys.exit()", 500, "SystemExit"),
     ("KeyboardInterrupt", "raise KeyboardInterrupt", 500, "KeyboardInterrupt"),
@@ -3672,6 +3683,20 @@ def test_sigterm_answers_what_waits_in_the_queue_of_the_kernel(tmp_path: Any) ->
                 assert client is busy or answer.body == b"queued"
             assert server.process.wait(PATIENCE) == 0
         assert time.monotonic() - began < 2 * SLACK
+
+
+@pytest.mark.parametrize("graceful, signals", [("1", 1), ("60", 2)])
+def test_sigterm_ends_the_server_although_no_child_lives_to_take_a_request(
+    tmp_path: Any, graceful: str, signals: int
+) -> None:
+    dies = "\n    os.register_at_fork(after_in_child=lambda: os._exit(3))\n"
+    with Running(tmp_path, "--graceful-timeout", graceful, app=RUNS_QUERY + dies) as server, server.send():
+        server.wait_for_log("exited with 3")
+        began = time.monotonic()
+        for _ in range(signals):
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+        assert server.process.wait(PATIENCE) == 0 and time.monotonic() - began < 1 + SLACK
 
 
 def test_sigterm_at_the_cap_does_not_wait_for_clients_that_stay(tmp_path: Any) -> None:
@@ -4192,6 +4217,74 @@ def test_sighup_of_a_terminal_that_was_closed_ends_the_server(tmp_path: Any, mom
     finally:
         process.kill()
         process.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_sigterm_while_a_reload_loads_waits_for_the_end_of_the_load_or_for_a_second_one(
+    tmp_path: Any, signals: int
+) -> None:
+    slow = """
+    with open("loads", "a") as file:
+        file.write("x")
+    if os.path.getsize("loads") == 3:  # behind the start and the check
+        open("loading", "w").close()
+        while not os.path.exists("go"): time.sleep(0.01)
+    """
+    with Running(tmp_path, app=RUNS_QUERY + slow) as server, server.send(HELD) as busy:
+        server.wait_held()
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: os.path.exists(server.folder + "/loading"), "the load")
+        with server.send("answer = 'accepted'", CLOSE) as late:
+            for _ in range(signals):
+                server.process.send_signal(signal.SIGTERM)
+                time.sleep(0.1)
+            if signals == 1:
+                server.go()
+                assert receive_answer(late).body == b"accepted"
+            assert server.process.wait(PATIENCE) == 0
+            server.go()
+        assert receive_answer(busy).status == 200
+        assert server.errors().count("stopping") == (signals == 1)
+
+
+@on_linux
+def test_a_reload_without_descriptors_is_refused(tmp_path: Any) -> None:
+    app = "keep = [open('/dev/null') for _ in range(60)]\n" + textwrap.dedent(ANSWERS % "old")
+    popen = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))}
+    with Running(tmp_path, app=app, popen=popen) as server:
+        begun = []
+        with contextlib.ExitStack() as stack:
+            while "cannot accept" not in server.errors():
+                begun.append(stack.enter_context(server.connect()))
+                begun[-1].sendall(b"GET / HTTP/1.1\r\nH")
+                time.sleep(0.01)
+            server.process.send_signal(signal.SIGHUP)
+            server.wait_for_log("the old code goes on")
+            assert server.answers("old") and server.process.poll() is None
+
+
+@on_linux
+def test_a_reload_hands_over_more_connections_than_the_soft_limit_of_descriptors(public: Any) -> None:
+    folder, argv = public
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (60, 4096))
+        if os.getuid() == 0:
+            become_nobody()  # no limit of descriptors in flight binds root
+
+    with Running(folder, app=ANSWERS % "old", argv=argv, popen={"preexec_fn": limit}) as server:
+        clients = [server.connect() for _ in range(100)]
+        with closing(*clients):
+            for client in clients:
+                client.sendall(GET)
+                assert read_answer(client).body == b"old"
+            server.wait_spare()
+            write_file(folder + "/app.py", ANSWERS % "new")
+            server.process.send_signal(signal.SIGHUP)
+            wait_until(lambda: server.answers("new"), "the new code")
+            for client in clients:
+                client.sendall(GET)
+                assert read_answer(client).body == b"new"
 
 
 # By itself, after a save
@@ -5714,6 +5807,19 @@ def test_no_fork_serves_in_one_process_and_ends_by_control_c(tmp_path: Any) -> N
         assert "KeyboardInterrupt" not in server.errors()
 
 
+def test_without_fork_a_process_of_the_application_leaves_the_server_alone(tmp_path: Any) -> None:
+    path = "/tmp/webserver-test-%d.sock" % os.getpid()
+    code = "import sys\nif os.fork() == 0: sys.exit(3)\nos.wait()\nanswer = 'served'"
+    with Running(tmp_path, "--no-fork", app=RUNS_QUERY, bind="unix:" + path) as server:
+        for _ in range(2):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.settimeout(PATIENCE)
+                client.connect(path)
+                client.sendall(get(CLOSE, target=make_target(code).encode()))
+                assert receive_answer(client).body == b"served"
+        assert server.stop() == 0 and "Traceback" not in server.errors()
+
+
 def test_serves_from_python(tmp_path: Any) -> None:
     port = free_port()
     code = """\
@@ -5735,6 +5841,8 @@ def test_serves_from_python(tmp_path: Any) -> None:
 @pytest.mark.parametrize("name, value", [
     ("timeout", -1.0), ("max_children", 0.0), ("keep_alive", 1e9), ("graceful_timeout", -0.1),
     ("access_log", "loud"), ("access_log", None), ("timeout", "30"), ("max_children", None),
+    ("max_children", 1.5), ("limit_memory", 1.5e8), ("bind", 8000), ("socket_mode", 0o660), ("warm_up", None),
+    ("forwarded_allow_ips", ["127.0.0.1"]),
 ])  # fmt: skip
 def test_refuses_options_out_of_bounds_from_python(name: str, value: Any) -> None:
     with pytest.raises(webserver.StartError, match=name.replace("_", "-")) as raised:

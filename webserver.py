@@ -877,7 +877,8 @@ def parse_response_head(status: str, response_headers: tuple[tuple[str, str], ..
     # What passes here reaches the client byte for byte: a CR LF in it would split the response in two.
     if not isinstance(status, str) or not STATUS.fullmatch(status):
         raise ValueError("not a status such as '200 OK': %r" % (status,))
-    lines, length, names = ["HTTP/1.1 %s\r\n" % (status if " " in status else status + " ")], None, set()
+    # What was checked is sent: by +, since %s would take what the __str__ of a subclass of str returns.
+    lines, length, names = ["HTTP/1.1 " + status + ("\r\n" if " " in status else " \r\n")], None, set()
     for header in response_headers:
         if not (isinstance(header, tuple) and len(header) == 2 and all(isinstance(part, str) for part in header)):
             raise TypeError
@@ -894,7 +895,7 @@ def parse_response_head(status: str, response_headers: tuple[tuple[str, str], ..
                 raise ValueError("not a Content-Length, or a second one: %r" % value)
             length = int(value)
         elif name != "connection":
-            lines.append("%s: %s\r\n" % (header[0], value))
+            lines.append(header[0] + ": " + value + "\r\n")
     if "server" not in names:
         lines.append("Server: %s\r\n" % PRODUCT)
     code, text = int(status[:3]), "".join(lines).encode("latin-1")
@@ -1490,7 +1491,7 @@ class Child:
         except BaseException as error:
             log_exception(error)
         finally:
-            self.slot.mark_progress()  # the exit has the timeout of a request
+            self.slot.mark_silent()  # the exit has a deadline, too, and is none in the middle of a request
             give_way()  # else a client on this processor waits a millisecond more: the exit takes that long
             exit_child(status)
 
@@ -1499,8 +1500,7 @@ class Child:
         if not (self.slot.is_told(WANTED) or wait_readable(self.queue.receiver, IDLE_AFTER)):
             # The first write to a page that is shared with the parent copies the page. Done before the first request,
             # these copies are no part of its time, of which they would be a third.
-            with suppress(OSError, MemoryError):
-                rehearse(1)
+            rehearse(1)
         left = self.connections  # 0, no limit: it is negative from the first connection on
         while taken := self.receive_connection():
             self.serve(*taken)
@@ -1974,7 +1974,8 @@ class Parent:
         """Fork a child soon after the last spare one got work, or at once for a request; return `fork_at`."""
         # The delay leaves the processor to the child that answers. If children serve several connections, a request
         # waits for it, too; then the delay starts anew if all requests that were put in before it have been taken.
-        if spare > 0 or len(self.board.children) >= self.cap or (spare == 0 and self.stop_at):
+        is_enough = spare > 0 or len(self.board.children) >= self.cap
+        if is_enough or (self.stop_at and (spare == 0 or now >= self.stop_at + self.grace)):
             self.fork_at = UNBOUNDED
             self.board.order(WANTED | LATE, False)
             if spare < 0:  # the system has refused a fork for which a request was put in already
@@ -2045,13 +2046,13 @@ class Parent:
             self.tick_at = 0.0
 
     def record_exit(self, pid: int, status: int) -> None:
-        """Free the slot of a child that was reaped, and log its end if the status is not 0."""
+        """Free the slot of a child that was reaped, and log its end unless it has ended by itself, behind a request."""
         slot = self.board.children.pop(pid)
         self.totals["reaped"] += 1
         self.totals["requests"] += self.board.requests[slot]
         if self.totals["reaped"] == ADVICE_AFTER:
             give_advice(self.totals)
-        if status:
+        if status or self.board.since[slot] > 0:  # the application may have called os._exit(0), or an exec function
             self.totals["crashes"] += 1
             log("child %d %s while %s" % (pid, describe_end(status), self.board.describe(slot)))
         # Without the pause, children that die before they serve would cause a fork storm.
@@ -2090,17 +2091,18 @@ def end_service(now: float, stop_at: float, kill_at: float, reactor: Reactor, qu
     """Stop listening; after LAST_CALL, close what is at rest and let children finish; return whether all is over."""
     if reactor.listener.sock.fileno() >= 0:  # it still listens
         reactor.stop_listening()
-    children = queue.board.children
+    children, is_late = queue.board.children, now >= kill_at
     is_busy = reactor.resting or reactor.ready or queue.count_spare() != len(children)
     if not is_busy or now >= min(stop_at + LAST_CALL, (stop_at + kill_at) / 2):
         while reactor.close_longest_at_rest():
             pass
         queue.board.retire(kill_at)
-        if now >= kill_at:
+        if is_late:
             reactor.ready.clear()
-        if not reactor.ready and not wait_readable(queue.channel.receiver, 0):
-            queue.end()
-    return not (children or reactor.resting or reactor.ready) and queue.count_spare() >= 0
+        if is_late or not (reactor.ready or wait_readable(queue.channel.receiver, 0)):
+            for fd, _ in queue.end():
+                os.close(fd)
+    return not (children or reactor.resting or reactor.ready) and (is_late or queue.count_spare() >= 0)
 
 
 def enforce_deadlines(now: float, timeout: float, board: Scoreboard, told: dict[int, tuple[float, float]]) -> int:
@@ -2176,9 +2178,11 @@ def serve_alone(child: Child, reactor: Reactor, signals: Signals) -> None:
         if reactor.ready:
             connection = reactor.ready.popleft()
             child.slot.memo = connection.memo
-            child.serve(connection.sock, connection.deadline)
-            if child.slot.pid != os.getpid():
-                exit_child(0)  # in a process that the application has forked
+            try:
+                child.serve(connection.sock, connection.deadline)
+            finally:
+                if child.slot.pid != os.getpid():
+                    exit_child(0)  # in a process that the application has forked
     log("stopping")
     while reactor.close_longest_at_rest():
         pass
@@ -2264,13 +2268,19 @@ class Reload:
             self.replace()
 
     def replace(self) -> None:
-        """Become the new program; return only if a signal is pending, which must be handled first."""
+        """Become the new program; return if that is refused, or if a signal is pending, which must be handled first."""
+        try:
+            carried = Channel()  # for the connections that no child has
+        except OSError as error:  # EMFILE
+            self.has_passed = False
+            self.refuse("cannot hand over the connections: %s" % error.strerror)
+            return
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         if self.signals.pending:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             return
         notify("RELOADING=1")
-        board, mailbox, carried = self.queue.board, self.reactor.mailbox, Channel()
+        board, mailbox = self.queue.board, self.reactor.mailbox
         board.retire(time.monotonic() + self.options.graceful_timeout)
         board.order(WANTED | LATE, False)
         for connection in [*self.reactor.resting.values()]:
@@ -2318,12 +2328,13 @@ def find_kept() -> list[int]:
 
 
 def on_loading_signal(pending: list[int], is_reload: bool, signum: int) -> None:
-    """Handle a signal while the application loads: no loop runs yet, so a signal to stop ends the process at once."""
+    """Handle a signal while the application loads: one to stop ends the process, in a reload only the second time."""
+    # No loop runs yet. But in a reload, old children still serve: as PID 1, this process would take them along.
     if signum == signal.SIGALRM:
         log("the application is still loading: does its module run a server, as by app.run()? Then it never ends")
         if is_reload:
             os._exit(1)
-    elif signum in (signal.SIGTERM, signal.SIGINT):
+    elif signum in (signal.SIGTERM, signal.SIGINT) and (not is_reload or signum in pending):
         os._exit(0)
     else:
         pending.append(signum)
@@ -2945,18 +2956,19 @@ def rehearse(times: int) -> None:
     # Children inherit what the interpreter learns here (5 % fewer page faults). The memo marks the message in a strace.
     options = Options(access_log="off", no_fork=True)  # so that Ctrl-C ends the start
     service = partial(serve_connection, show_environ, options)
-    child = Child(service, int(socket.AF_UNIX), Channel(), Scoreboard(1), options)
-    for _ in range(times):
-        client, server = socket.socketpair()
-        client.sendall(REHEARSAL % b"/")
-        client.shutdown(socket.SHUT_WR)  # else an error would be followed by a wait for the client
-        child.queue.send(DEADLINE.pack(UNBOUNDED) + b"rehearsal", server.fileno())
-        server.close()
-        child.slot.attach(child.slot.board, 0, os.getpid())
-        child.serve_connections()
-        client.close()
-    child.queue.close()
-    child.mailbox.close()
+    with suppress(OSError, MemoryError):  # a limit of descriptors, in flight or not (unix(7)), or of memory
+        child = Child(service, int(socket.AF_UNIX), Channel(), Scoreboard(1), options)
+        for _ in range(times):
+            client, server = socket.socketpair()
+            client.sendall(REHEARSAL % b"/")
+            client.shutdown(socket.SHUT_WR)  # else an error would be followed by a wait for the client
+            child.queue.send(DEADLINE.pack(UNBOUNDED) + b"rehearsal", server.fileno())
+            server.close()
+            child.slot.attach(child.slot.board, 0, os.getpid())
+            child.serve_connections()
+            client.close()
+        child.queue.close()
+        child.mailbox.close()
 
 
 def prepare_to_fork(options: Options) -> None:
@@ -3194,11 +3206,14 @@ def parse_size(text: str) -> int:
 
 def check_options(options: Options) -> Options:
     """Return the options, with PORT, FORWARDED_ALLOW_IPS and SCRIPT_NAME for those not set; StartError."""
-    for name, value, (_, _, allowed, _) in zip(Options._fields, options, OPTIONS):
-        is_word, is_number = bool(allowed) and isinstance(allowed[0], str), isinstance(value, (int, float))
-        if allowed and not (value in allowed if is_word else is_number and allowed[0] <= value <= allowed[1]):
+    kinds = {float: (int, float), tuple: (tuple, list)}
+    for field, value, default, (_, _, allowed, _) in zip(Options._fields, options, Options(), OPTIONS):
+        name, is_word = "--" + field.replace("_", "-"), isinstance(default, str)
+        if not isinstance(value, kinds.get(type(default), type(default))):  # as an argument of `serve`
+            raise StartError("%s is %r: its type must be %s" % (name, value, type(default).__name__), 2)
+        if allowed and not (value in allowed if is_word else allowed[0] <= value <= allowed[1]):
             wanted = "one of " + ", ".join(allowed) if is_word else "a number from %g to %g" % allowed
-            raise StartError("--%s is %s: it must be %s" % (name.replace("_", "-"), value, wanted), 2)
+            raise StartError("%s is %s: it must be %s" % (name, value, wanted), 2)
     for target in options.warm_up:
         if not re.fullmatch(r'(https?:/)?/[!"$-~]*', target):  # visible US-ASCII, and no fragment
             raise StartError("--warm-up is %r: it must be a path, such as /login, or a URL" % target, 2)
@@ -3231,12 +3246,12 @@ def start(load: Callable[[], Application], options: Options) -> None:
         if options.check:
             print("the application loads: %r" % (service.args[0],))
         exit_without_threads(0 if options.check else CHECK_PASSED)
-    rehearse(REHEARSALS)
     # Step 2: the sockets, opened or kept in a reload.
     kept = find_kept()
     options = options._replace(
         bind=find_inherited_address() or options.bind, max_connections=raise_descriptor_limit(options.max_connections)
     )
+    rehearse(REHEARSALS)
     listener = Listener(kept[1] if kept else open_listener(options.bind, options.socket_mode), options.bind)
     mailbox = Channel(*kept[2:4])
     signals, held = Signals(mailbox.sender), ExitStack()  # what a process that the application forks must give up
@@ -3271,6 +3286,8 @@ def load_guarded(load: Callable[[], Application], options: Options, signals: Sig
     finally:
         signal.alarm(0)
     time.sleep(TICK)
+    if {signal.SIGTERM, signal.SIGINT} & {*signals.pending}:
+        os._exit(0)
     replace_program(kept)
 
 
