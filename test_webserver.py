@@ -3699,6 +3699,17 @@ def test_sigterm_ends_the_server_although_no_child_lives_to_take_a_request(
         assert server.process.wait(PATIENCE) == 0 and time.monotonic() - began < 1 + SLACK
 
 
+def test_sigterm_answers_what_waits_in_the_queue_of_the_kernel_for_room(tmp_path: Any) -> None:
+    words = ("--max-connections", "3", "--max-children", "2")
+    with Running(tmp_path, *words, app=RUNS_QUERY) as server:
+        clients = [server.send("time.sleep(0.2)", CLOSE) for _ in range(16)]
+        with closing(*clients):
+            server.wait_for_log("requests wait")
+            server.process.send_signal(signal.SIGTERM)
+            assert [receive_answer(client).status for client in clients] == [200] * 16
+        assert server.process.wait(PATIENCE) == 0
+
+
 def test_sigterm_at_the_cap_does_not_wait_for_clients_that_stay(tmp_path: Any) -> None:
     with Running(tmp_path, "--max-children", "1", app=RUNS_QUERY) as server:
         busy = server.send(HELD)
@@ -5846,7 +5857,7 @@ def test_serves_from_python(tmp_path: Any) -> None:
 ])  # fmt: skip
 def test_refuses_options_out_of_bounds_from_python(name: str, value: Any) -> None:
     with pytest.raises(webserver.StartError, match=name.replace("_", "-")) as raised:
-        webserver.serve(hello, bind="unix:no/such/folder", **{name: value})
+        webserver.serve(hello, **{"bind": "unix:no/such/folder", name: value})
     assert raised.value.status == 2
 
 

@@ -1747,12 +1747,14 @@ class Reactor:
         for connection in [c for c in self.resting.values() if now >= c.deadline]:
             (self.make_ready if connection.seen else self.drop)(connection)
 
-    def stop_listening(self) -> None:
-        """Accept the connections that are in the kernel's queue, and close the listener."""
+    def stop_listening(self, is_late: bool) -> None:
+        """Accept the connections in the kernel's queue; close the listener unless some have no room yet."""
         if not self.listener.is_foreign:
             self.listener.sock.listen(0)  # the kernel's queue takes no newcomer any more: the loop below ends
-        while wait_readable(self.listener.sock, 0) and self.accept():
+        while (are_left := wait_readable(self.listener.sock, 0)) and self.accept():
             pass
+        if are_left and not (is_late or self.listener.is_foreign):
+            return
         with suppress(KeyError):  # it is not watched
             self.selector.unregister(self.listener.sock)
         self.listener.close()
@@ -2089,9 +2091,9 @@ class Parent:
 
 def end_service(now: float, stop_at: float, kill_at: float, reactor: Reactor, queue: Queue) -> bool:
     """Stop listening; after LAST_CALL, close what is at rest and let children finish; return whether all is over."""
-    if reactor.listener.sock.fileno() >= 0:  # it still listens
-        reactor.stop_listening()
     children, is_late = queue.board.children, now >= kill_at
+    if reactor.listener.sock.fileno() >= 0:  # it still listens
+        reactor.stop_listening(is_late)
     is_busy = reactor.resting or reactor.ready or queue.count_spare() != len(children)
     if not is_busy or now >= min(stop_at + LAST_CALL, (stop_at + kill_at) / 2):
         while reactor.close_longest_at_rest():
@@ -2099,7 +2101,8 @@ def end_service(now: float, stop_at: float, kill_at: float, reactor: Reactor, qu
         queue.board.retire(kill_at)
         if is_late:
             reactor.ready.clear()
-        if is_late or not (reactor.ready or wait_readable(queue.channel.receiver, 0)):
+        is_listening = reactor.listener.sock.fileno() >= 0
+        if is_late or not (is_listening or reactor.ready or wait_readable(queue.channel.receiver, 0)):
             for fd, _ in queue.end():
                 os.close(fd)
     return not (children or reactor.resting or reactor.ready) and (is_late or queue.count_spare() >= 0)
