@@ -10,8 +10,8 @@ also as PID 1 of a container. A request that crashes, hangs or exits takes down 
 
 How to read it. Part one knows HTTP and WSGI and never forks. Part two knows processes and leaves HTTP to part one.
 They share one class, Slot, through which a process reports its state and sees its orders. Part three adds what a
-server in production needs. In each section the main class or function comes first. An
-exception that a docstring names is raised by the function. Three life cycles:
+server in production needs. In each section the main class or function comes first. An exception that a docstring
+names is raised by the function. Three life cycles:
 
     bytes -> Stream -> Request -> environ -> application -> Response -> bytes        the life of a request
     accept -> rest -> a whole head -> queue -> child: requests -> silence -> rest    the life of a connection
@@ -2007,18 +2007,9 @@ class Parent:
             log_throttled("cannot fork: %s; %d processes are the limit of the system" % (error.strerror, self.cap))
             return
         if pid == 0:
-            self.child.run(slot, self.give_up)
+            self.child.run(slot, partial(give_up, self.child, self.reactor, self.signals))
         self.board.pids[slot], self.board.children[pid] = pid, slot
         self.totals["forks"] += 1
-
-    def give_up(self) -> None:
-        """Close what is the parent's, in the child. The sender of the mailbox stays: `give_back` and signals use it."""
-        for sock in (self.child.queue.sender, self.child.mailbox.receiver):
-            os.close(sock.fileno())
-        self.reactor.close_copies()
-        self.signals.act = self.child.on_signal
-        self.signals.detach = self.child.detach
-        become_child()
 
     def handle_signal(self, signum: int) -> None:
         """Do what a signal asks for."""
@@ -2087,6 +2078,15 @@ class Parent:
             self.board.order(STOPPING, True)
             self.reload.cancel()
         self.tick_at = 0.0
+
+
+def give_up(child: Child, reactor: Reactor, signals: Signals) -> None:
+    """Close what is the parent's, in a new child. The sender of the mailbox stays: `give_back` and signals use it."""
+    for sock in (child.queue.sender, child.mailbox.receiver):
+        os.close(sock.fileno())
+    reactor.close_copies()
+    signals.act, signals.detach = child.on_signal, child.detach
+    become_child()
 
 
 def end_service(now: float, stop_at: float, kill_at: float, reactor: Reactor, queue: Queue) -> bool:
