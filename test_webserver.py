@@ -2995,7 +2995,7 @@ def test_a_child_that_fails_at_its_start_writes_into_no_other_slot() -> None:
         if pid == 0:
             child.run(1, lambda: 1 / 0)
         status = os.waitpid(pid, 0)[1]
-        print(os.WEXITSTATUS(status), board.since[0], board.since[1] > 0)
+        print(os.WEXITSTATUS(status), board.since[0], board.since[1] != 0)
     """
     argv = (sys.executable, "-c", textwrap.dedent(code))
     ran = subprocess.run(argv, cwd=os.path.dirname(WEBSERVER), capture_output=True)
