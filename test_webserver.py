@@ -2012,6 +2012,8 @@ class Disguised(str):
     def __str__(self) -> str:
         return "X: y\r\nX-Evil: 1"
 
+    __add__ = __radd__ = __mod__ = lambda self, _: "X: y\r\nX-Evil: 1"
+
 
 def test_sends_what_it_has_checked_of_a_str_by_inheritance() -> None:
     application = give([b"x"], (Disguised("X-Name"), Disguised("value")), status=Disguised("299 Fine"))
@@ -2984,6 +2986,38 @@ def test_no_child_returns_into_the_code_that_called_serve(tmp_path: Any) -> None
         assert [server.get().status for _ in range(3)] == [200] * 3
         assert server.stop() == 0
         assert re.findall("cleanup by (.*)", server.output()) == [str(server.pid)]
+
+
+def test_a_child_runs_no_finalizer_that_it_has_inherited_but_its_own(tmp_path: Any) -> None:
+    app = """
+    import os, weakref
+
+    class Resource:
+        def __init__(self, name):
+            weakref.finalize(self, os.write, 1, b"%s of %d by %d\\n" % (name, os.getpid(), os.getpid()))
+
+    class Unlinks:
+        def __init__(self):
+            self.name = open("kept", "w").name
+        def close(self):
+            os.write(1, b"closed by %d\\n" % os.getpid())
+        __del__ = close
+
+    inherited, holder = Resource(b"inherited"), Resource(b"holder")
+    weakref.finalize(holder, Unlinks().close)
+
+    def app(environ, start_response):
+        global own
+        own = Resource(b"own")
+        start_response("200 OK", [])
+        return [b"%d" % os.getpid()]
+    """
+    with Running(tmp_path, "--access-log", "off", app=app) as server:
+        pids = [server.get().body.decode() for _ in range(2)]
+        wait_until(lambda: server.output().count("own") == 2, "the exits")
+        assert re.findall("own of (.*) by", server.output()) == pids and "closed" not in server.output()
+        assert server.stop() == 0
+        assert server.output().count("inherited") == 1 and "closed by %d" % server.pid in server.output()
 
 
 def test_a_child_that_fails_at_its_start_writes_into_no_other_slot() -> None:
@@ -4222,8 +4256,7 @@ def test_sighup_of_a_terminal_that_was_closed_ends_the_server(tmp_path: Any, mom
                 select.select([terminal], [], [], PATIENCE)
                 said += os.read(terminal, 4096)
         os.close(terminal)
-        process.send_signal(signal.SIGHUP)
-        write_file(tmp_path / "go", "")
+        process.send_signal(signal.SIGHUP)  # the load does not end by itself
         assert process.wait(PATIENCE) == 0
     finally:
         process.kill()
@@ -5828,6 +5861,7 @@ def test_without_fork_a_process_of_the_application_leaves_the_server_alone(tmp_p
                 client.connect(path)
                 client.sendall(get(CLOSE, target=make_target(code).encode()))
                 assert receive_answer(client).body == b"served"
+        server.process.send_signal(signal.SIGHUP)  # without a terminal it is no stop
         assert server.stop() == 0 and "Traceback" not in server.errors()
 
 

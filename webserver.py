@@ -877,8 +877,8 @@ def parse_response_head(status: str, response_headers: tuple[tuple[str, str], ..
     # What passes here reaches the client byte for byte: a CR LF in it would split the response in two.
     if not isinstance(status, str) or not STATUS.fullmatch(status):
         raise ValueError("not a status such as '200 OK': %r" % (status,))
-    # What was checked is sent: by +, since %s would take what the __str__ of a subclass of str returns.
-    lines, length, names = ["HTTP/1.1 " + status + ("\r\n" if " " in status else " \r\n")], None, set()
+    # What was checked is sent: join calls no method of a subclass of str, as % and + do.
+    lines, length, names = ["HTTP/1.1 ", status, "\r\n" if " " in status else " \r\n"], None, set()
     for header in response_headers:
         if not (isinstance(header, tuple) and len(header) == 2 and all(isinstance(part, str) for part in header)):
             raise TypeError
@@ -895,7 +895,7 @@ def parse_response_head(status: str, response_headers: tuple[tuple[str, str], ..
                 raise ValueError("not a Content-Length, or a second one: %r" % value)
             length = int(value)
         elif name != "connection":
-            lines.append(header[0] + ": " + value + "\r\n")
+            lines += header[0], ": ", value, "\r\n"
     if "server" not in names:
         lines.append("Server: %s\r\n" % PRODUCT)
     code, text = int(status[:3]), "".join(lines).encode("latin-1")
@@ -1519,6 +1519,8 @@ class Child:
             except BlockingIOError:  # a second has passed
                 if self.slot.must_leave(time.monotonic()):
                     return None
+            except OSError:  # `detach` has closed the queue: a process that the application has forked
+                return None
         if not rights:  # asked to leave, or the end of the queue
             return None
         self.slot.mark_waiting(False, taken=1)
@@ -1820,9 +1822,10 @@ class Signals:
         if not (self.masks and signum == signal.SIGALRM):
             self.act(signum)
 
-    def has_lost_terminal(self) -> bool:
-        """Return whether the terminal was closed at which the server was started: then SIGHUP does not mean reload."""
-        return self.has_terminal and not os.isatty(2)
+    def means_stop(self, signum: int) -> bool:
+        """Return whether a signal asks for a stop: SIGTERM, SIGINT, and SIGHUP if the terminal at stderr was closed."""
+        is_closed = self.has_terminal and not os.isatty(2)
+        return signum in (signal.SIGTERM, signal.SIGINT) or (signum == signal.SIGHUP and is_closed)
 
     def release(self) -> None:
         """Restore the handlers that were set before `catch`."""
@@ -2017,11 +2020,10 @@ class Parent:
             self.reap()
         elif signum == signal.SIGUSR1:
             report(self.queue, self.reactor, self.totals)
-        elif signum == signal.SIGHUP and not self.signals.has_lost_terminal():
-            if not self.stop_at:
-                self.reload.begin()
-        elif signum != signal.SIGALRM:  # SIGTERM, SIGINT, or SIGHUP of a terminal that was closed
+        elif self.signals.means_stop(signum):
             self.stop()
+        elif signum == signal.SIGHUP and not self.stop_at:
+            self.reload.begin()
 
     def reap(self) -> None:
         """Reap every child that has ended: until then it is a zombie, a pid and a wait status in the kernel."""
@@ -2175,7 +2177,7 @@ def report(queue: Queue, reactor: Reactor, totals: dict[str, float]) -> None:
 
 def serve_alone(child: Child, reactor: Reactor, signals: Signals) -> None:
     """Serve without other processes (--no-fork), one request at a time, until the server is stopped."""
-    while not {signal.SIGTERM, signal.SIGHUP} & {*signals.pending}:
+    while not any(map(signals.means_stop, signals.pending)):
         reactor.wait(0.0 if reactor.ready else TICK)
         reactor.expire(time.monotonic())
         if reactor.ready:
@@ -2330,17 +2332,17 @@ def find_kept() -> list[int]:
     return kept
 
 
-def on_loading_signal(pending: list[int], is_reload: bool, signum: int) -> None:
+def on_loading_signal(signals: Signals, is_reload: bool, signum: int) -> None:
     """Handle a signal while the application loads: one to stop ends the process, in a reload only the second time."""
     # No loop runs yet. But in a reload, old children still serve: as PID 1, this process would take them along.
     if signum == signal.SIGALRM:
         log("the application is still loading: does its module run a server, as by app.run()? Then it never ends")
         if is_reload:
             os._exit(1)
-    elif signum in (signal.SIGTERM, signal.SIGINT) and (not is_reload or signum in pending):
+    elif signals.means_stop(signum) and (not is_reload or signum in signals.pending):
         os._exit(0)
     else:
-        pending.append(signum)
+        signals.pending.append(signum)
 
 
 def start_again(**environ: str) -> NoReturn:
@@ -2611,16 +2613,16 @@ class Trust:
 
     def find_client(self, hops: str) -> str:
         """Return the client in X-Forwarded-For: the first hop from the right that is not listed, else the leftmost."""
-        client = ""
+        client: Any = ""
         for hop in reversed(hops.split(",")):  # the client can forge all that stands left of its address
             match = HOP.fullmatch(hop.strip(" \t"))
             try:
-                client = str(parse_ip(match[match.lastindex or 0] if match else ""))
-                if "*" in self.words or not self.covers(client):
+                client = parse_ip(match[match.lastindex or 0] if match else "")
+                if not any(client in network for network in self.networks):
                     break
             except ValueError:
                 raise HTTPError(400, "an invalid X-Forwarded-For") from None
-        return client
+        return str(client)
 
 
 @lru_cache(maxsize=256)
@@ -2734,7 +2736,8 @@ def become_child() -> None:
     atexit._clear()  # exit handlers are for the process that has registered them; no public function clears them
     weakref = sys.modules.get("weakref")
     if weakref and weakref.finalize._registered_with_atexit:  # finalizers likewise; the next one registers anew
-        weakref.finalize._registry.clear()
+        for finalizer in list(weakref.finalize._registry):
+            finalizer.atexit = False
         weakref.finalize._registered_with_atexit = False
     for name in LIMITS:
         set_limit(name)
@@ -3279,7 +3282,7 @@ def load_guarded(load: Callable[[], Application], options: Options, signals: Sig
     A reload raises none: if the load fails although the check has passed, the program is started again. If the module
     takes longer than `bound_loading` says, the process ends with status 1; each warm-up then has a deadline of its own.
     """
-    signals.act = partial(on_loading_signal, signals.pending, bool(kept))
+    signals.act = partial(on_loading_signal, signals, bool(kept))
     signals.catch(*(SIGNALS if kept else SIGNALS[1:]))  # SIGINT ends a first load by KeyboardInterrupt
     signal.alarm(int(bound_loading(options)) if kept else LOADING_IS_SLOW)
     try:
@@ -3291,7 +3294,7 @@ def load_guarded(load: Callable[[], Application], options: Options, signals: Sig
     finally:
         signal.alarm(0)
     time.sleep(TICK)
-    if {signal.SIGTERM, signal.SIGINT} & {*signals.pending}:
+    if any(map(signals.means_stop, signals.pending)):
         os._exit(0)
     replace_program(kept)
 
