@@ -5464,6 +5464,14 @@ def test_nobody_but_root_can_become_another(public: Any) -> None:
 
 # ---- 19. Before the fork ----------------------------------------------------
 
+@pytest.mark.parametrize("head, is_loaded", [("", "False"), ("import http\n", "True")], ids=["small", "knows HTTP"])
+def test_the_codec_for_host_names_is_loaded_before_the_fork_where_it_pays(
+    tmp_path: Any, head: str, is_loaded: str
+) -> None:
+    with Running(tmp_path, app=head + textwrap.dedent(RUNS_QUERY)) as server:
+        assert server.run("import sys; answer = 'encodings.idna' in sys.modules") == is_loaded
+
+
 # Loads at its first request what it keeps, and can be told to leave something open.
 LAZY = """
     import os, socket, threading, time

@@ -1390,7 +1390,7 @@ class Slot:
         now = time.monotonic()
         if not self.must_leave(now):
             return not self.is_told(PRESSED)
-        is_in_time = now + TICK < self.leave_by[self.index] < UNBOUNDED  # only a reload sets such a time
+        is_in_time = now + TICK < self.leave_by[self.index] < UNBOUNDED  # a reload or a stop, not MemoryError
         return is_in_time and not self.is_told(PRESSED | STOPPING)
 
     def end_request(self) -> bool:
@@ -1491,7 +1491,7 @@ class Child:
         except BaseException as error:
             log_exception(error)
         finally:
-            self.slot.mark_silent()  # the exit has a deadline, too, and is none in the middle of a request
+            self.slot.mark_silent()  # the exit has a deadline, too; `mark_progress` would tell of a request in hand
             give_way()  # else a client on this processor waits a millisecond more: the exit takes that long
             exit_child(status)
 
@@ -1866,7 +1866,7 @@ class Queue:
         self.fair_at = 0.0  # when the requests that wait are sorted again
         self.late_at, self.put_in_then = 0.0, 0  # when `check_lateness` is due; `put_in` at the last one
         self.least_spare = self.uncounted = 0  # the fewest spare since the last TICK; connections not counted as taken
-        self.suspects: set[int] = set()  # slots of children that waited at the last TICK beside a request in the queue
+        self.stuck_spares: set[int] = set()  # slots of children that waited at the last TICK beside a request in line
 
     def fill(self, reactor: Reactor, now: float, free: int) -> int:
         """Put in at most `free` requests, one for each child that is free or may be forked; return how many."""
@@ -1913,11 +1913,11 @@ class Queue:
         self.board.order(PRESSED, False)  # until `fill` gives the order again
         waiting = {slot for slot, is_waiting in enumerate(self.board.waiting[: self.board.used]) if is_waiting}
         if wait_readable(self.channel.receiver, 0):
-            for slot in waiting & self.suspects:  # stuck or stopped: they do not count as spare
+            for slot in waiting & self.stuck_spares:  # stuck or stopped: they do not count as spare
                 self.board.waiting[slot] = 0
-            self.suspects = waiting
+            self.stuck_spares = waiting
             return
-        self.suspects = set()
+        self.stuck_spares = set()
         uncounted = self.put_in - self.count_taken()  # taken just now, or by a child that died before it counted
         self.taken_before += min(uncounted, self.uncounted)
         self.uncounted = uncounted
@@ -2041,7 +2041,7 @@ class Parent:
             self.tick_at = 0.0
 
     def record_exit(self, pid: int, status: int) -> None:
-        """Free the slot of a child that was reaped, and log its end unless it has ended by itself, behind a request."""
+        """Free the slot of a child that was reaped; log its end if the status is not 0, or a request was in hand."""
         slot = self.board.children.pop(pid)
         self.totals["reaped"] += 1
         self.totals["requests"] += self.board.requests[slot]
@@ -3267,7 +3267,7 @@ def start(load: Callable[[], Application], options: Options) -> None:
     held.callback(listener.sock.close)
     held.callback(mailbox.close)
     try:
-        # Step 3: the application, and the loop. Until the application is loaded, a signal to stop ends the process.
+        # Step 3: the application, and the loop.
         service = load_guarded(load, options, signals, kept)
         run(service, options, listener, mailbox, signals, held, kept)
     finally:
@@ -3277,7 +3277,7 @@ def start(load: Callable[[], Application], options: Options) -> None:
 
 
 def load_guarded(load: Callable[[], Application], options: Options, signals: Signals, kept: list[int]) -> partial[bool]:
-    """Return the loaded service; meanwhile a signal to stop ends the process, even PID 1; StartError.
+    """Return the loaded service; meanwhile `on_loading_signal` handles the signals, also of PID 1; StartError.
 
     A reload raises none: if the load fails although the check has passed, the program is started again. If the module
     takes longer than `bound_loading` says, the process ends with status 1; each warm-up then has a deadline of its own.
