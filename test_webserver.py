@@ -622,6 +622,7 @@ class Running:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.go()
         family = self.children()
         if self.process.poll() is None:
             self.process.terminate()
@@ -3152,7 +3153,9 @@ def test_requests_in_line_count_for_the_limit_of_connections(tmp_path: Any) -> N
             wait_until(lambda: time.monotonic() > began + 3 * webserver.TICK, "what a few more would be let in by")
             assert len(list_files(server.pid)) - files <= 5
             server.go()
+            began = time.monotonic()
             assert [receive_answer(client).body for client in clients] == [b"served"] * 30
+            assert time.monotonic() - began < 30 / 5 * webserver.TICK / 2, "room is used at once, not at the next tick"
         assert receive_answer(busy).status == 200
 
 
@@ -5802,6 +5805,18 @@ def test_a_mistake_is_one_clear_sentence(modules: str, words: str, status: Any, 
     assert ended.stdout == "" and not re.search("Traceback|None", ended.stderr)
     assert ended.stderr.count("\n") == 1, ended.stderr
     assert all(word.replace("TAKEN", port) in ended.stderr for word in holds), ended.stderr
+
+
+def test_a_working_directory_that_was_removed_is_one_clear_sentence(tmp_path: Any) -> None:
+    remove = "import os, sys; os.rmdir(os.getcwd()); os.execv(sys.executable, [sys.executable, %r])" % WEBSERVER
+    ended = run_command(tmp_path, argv=(sys.executable, "-c", remove))
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1 and "working directory" in ended.stderr
+
+
+def test_a_check_needs_no_reader_of_its_output(modules: str) -> None:
+    command = '"$0" -u "$1" --check good > /dev/full'
+    ended = run_command(modules, argv=("sh", "-c", command, sys.executable, WEBSERVER))
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_options_may_come_from_the_environment(modules: str) -> None:

@@ -1633,6 +1633,7 @@ class Reactor:
         self.is_opaque = bool(listener.is_unix or options.certfile or options.proxy_protocol)
         self.resting: dict[int, Connection] = {}  # by descriptor, the longest at rest first
         self.ready: deque[Connection] = deque()  # in line for a child
+        self.is_paused = False  # there was no room for the next connection
         self.peeked = memoryview(bytearray(MAX_HEAD + 4))  # enough to see that a head is too large
         self.selector: Any = selectors.DefaultSelector()
         self.selector.register(mailbox.receiver, selectors.EVENT_READ, self.take_back)
@@ -1664,6 +1665,7 @@ class Reactor:
             self.make_room()
             self.look_at(connection)
         if not has_room:
+            self.is_paused = True
             with suppress(KeyError):  # it is not watched
                 self.selector.unregister(self.listener.sock)
         return has_room
@@ -1746,6 +1748,7 @@ class Reactor:
         with suppress(KeyError, OSError):  # it is watched already, or was closed
             self.listener.sock.setblocking(False)  # another process with this socket may have made it block
             self.selector.register(self.listener.sock, selectors.EVENT_READ, self.accept)
+        self.is_paused = False
         for connection in [c for c in self.resting.values() if now >= c.deadline]:
             (self.make_ready if connection.seen else self.drop)(connection)
 
@@ -1887,6 +1890,8 @@ class Queue:
             reactor.ready.popleft()
             connection.sock.close()
             self.put_in += 1
+        if reactor.is_paused and self.put_in > before:  # there is room now
+            reactor.expire(now)
         if reactor.ready and self.put_in >= before + free:
             self.board.order(PRESSED, True)
             log_throttled("all processes are at work: requests wait (--max-children)")
@@ -2211,8 +2216,12 @@ CHECK_PASSED = 93  # the exit status of a passed check; not 0, with which a modu
 SPACE, MEMOS = socket.CMSG_SPACE(MAX_DESCRIPTORS * DESCRIPTOR.size), MAX_DESCRIPTORS * 64  # bytes of a full message
 
 # How this program was started, to start it again: noted now, because the application may change all of it.
-STARTED_IN, STARTED_WITH = os.getcwd(), dict(os.environ)
+STARTED_WITH = dict(os.environ)
 STARTED_AS = [sys.executable, *getattr(sys, "orig_argv", [sys.executable, *sys.argv])[1:]]
+try:
+    STARTED_IN = os.getcwd()
+except FileNotFoundError:
+    raise SystemExit("webserver.py: the working directory was removed: change to another one") from None
 
 
 class Reload:
@@ -3252,7 +3261,7 @@ def start(load: Callable[[], Application], options: Options) -> None:
     if options.check or os.environ.get("WEBSERVER_CHECK") == str(os.getpid()):
         service = load_service(load, options)
         if options.check:
-            print("the application loads: %r" % (service.args[0],))
+            write_line(1, "the application loads: %r" % (service.args[0],))
         exit_without_threads(0 if options.check else CHECK_PASSED)
     # Step 2: the sockets, opened or kept in a reload.
     kept = find_kept()
