@@ -2505,6 +2505,7 @@ def nested(environ: Any, start_response: Any) -> Any:
     (play(("200 OK", [("X-A", "\n")])), ["in application", "X-A"], "a header"),
     (give(stream("text")), ["'text'"], "a block, of which no frame tells"),
     (later(OK, SystemExit("bye")), ["SystemExit: bye", "in blocks"], "an exit"),
+    (play(ValueError("first\n" * 5000 + "last")), ["first", "[...]", "last"], "a long message, cut in its middle"),
 )
 def test_logs_the_traceback_from_the_application_on(application: Any, expected: list[str], log: Any) -> None:
     ask(get(target=b"/some?where"), application)
@@ -3272,6 +3273,41 @@ def test_the_cap_is_a_cap_and_logged_once(tmp_path: Any) -> None:
             assert [receive_answer(client).status for client in clients] == [200] * 12
         assert max(counts) <= 3
         assert len(re.findall("max-children", server.errors())) == 1, server.errors()
+
+
+@pytest.mark.parametrize("connections", ["0", "10", "1"])
+def test_at_the_cap_a_process_that_becomes_free_gets_the_next_request_at_once(tmp_path: Any, connections: str) -> None:
+    words = "--max-children", "2", "--connections-per-child", connections
+    with Running(tmp_path, *words, app=RUNS_QUERY) as server:
+        began = time.monotonic()
+        for _ in range(4):  # after each burst no event comes from outside that could wake the parent
+            clients = [server.send("time.sleep(0.01)", CLOSE) for _ in range(12)]
+            with closing(*clients):
+                assert [receive_answer(client).status for client in clients] == [200] * 12
+        assert time.monotonic() - began < 2 * webserver.TICK, "by the clock alone, each burst would take a tick or two"
+
+
+def test_a_client_that_resets_its_connection_in_line_costs_nobody_else_anything(tmp_path: Any) -> None:
+    words = "--max-children", "1", "--connections-per-child", "0"
+    with Running(tmp_path, *words, app=RUNS_QUERY) as server, server.send(HELD, CLOSE) as busy:
+        server.wait_held()
+        impatient, patient = server.send("", CLOSE), server.send("answer = 'served'", CLOSE)
+        server.wait_for_log("max-children")
+        impatient.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
+        impatient.close()
+        server.go()
+        assert receive_answer(busy).status == 200 and receive_answer(patient).body == b"served"
+        assert "Traceback" not in server.errors()
+
+
+@on_linux
+def test_a_child_without_descriptors_says_that_it_loses_connections_and_leaves(tmp_path: Any) -> None:
+    with Running(tmp_path, "--connections-per-child", "0", "--max-children", "1", app=RUNS_QUERY) as server:
+        pid = server.run("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))")
+        with contextlib.suppress(*LOST):
+            server.get()
+        server.wait_for_log("%s. connections are lost" % pid)
+        assert server.run("") != pid
 
 
 def test_at_the_cap_many_newcomers_do_not_wait_for_a_clock(tmp_path: Any) -> None:

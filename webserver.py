@@ -1415,7 +1415,7 @@ class Slot:
 # A process that serves one connection, or several, and exits (fork(2), unix(7)).
 #
 #     parent --- queue: a descriptor, and the time by which its head must be complete ---> any child that waits
-#     parent <--- mailbox: a descriptor that comes back, or the number of a signal ------- any child, and the parent
+#     parent <--- mailbox: a descriptor that comes back, "free", or the number of a signal --- any child, and the parent
 #
 # WARNING: a descriptor in a message is a copy. The sender closes its own, and the connection lives on in the receiver.
 
@@ -1508,6 +1508,9 @@ class Child:
             if left == 0 or self.slot.must_leave(time.monotonic()):
                 return
             self.slot.mark_waiting(True)
+            if self.slot.is_told(PRESSED):  # the parent has a request for this child, and sleeps
+                with suppress(OSError):  # the mailbox is full: the parent is awake
+                    self.mailbox.send(b"free")
         self.slot.mark_waiting(False)  # else `record_exit` would take this for a child that died unused
 
     def receive_connection(self) -> tuple[socket.SocketType, float] | None:
@@ -1729,7 +1732,7 @@ class Reactor:
             self.selector.unregister(connection.sock)
 
     def take_back(self) -> None:
-        """Receive the connections given back, until the mailbox is empty or holds the number of a signal."""
+        """Receive the connections given back, until the mailbox is empty or holds another message."""
         try:
             while (received := self.mailbox.receive(DONT_WAIT))[1]:
                 self.hold(*received)
@@ -1871,13 +1874,13 @@ class Queue:
         self.least_spare = self.uncounted = 0  # the fewest spare since the last TICK; connections not counted as taken
         self.stuck_spares: set[int] = set()  # slots of children that waited at the last TICK beside a request in line
 
-    def fill(self, reactor: Reactor, now: float, free: int) -> int:
-        """Put in at most `free` requests, one for each child that is free or may be forked; return how many."""
-        if free < len(reactor.ready) and now >= self.fair_at:
+    def fill(self, reactor: Reactor, now: float, spare: int, forks: int) -> int:
+        """Put in a request for each child that is spare and for each fork allowed; return how many remain spare."""
+        if spare + forks < len(reactor.ready) and now >= self.fair_at:
             self.fair_at = now + FAIR_ORDER_EVERY
             reactor.ready = order_fairly(reactor.ready, self.board)
         before = self.put_in
-        while reactor.ready and self.put_in < before + free:
+        while reactor.ready and spare + forks > 0:
             connection = reactor.ready[0]
             try:
                 self.channel.send(DEADLINE.pack(connection.deadline) + connection.memo, connection.sock.fileno())
@@ -1889,13 +1892,15 @@ class Queue:
                 break
             reactor.ready.popleft()
             connection.sock.close()
-            self.put_in += 1
+            self.put_in, spare = self.put_in + 1, spare - 1
         if reactor.is_paused and self.put_in > before:  # there is room now
             reactor.expire(now)
-        if reactor.ready and self.put_in >= before + free:
-            self.board.order(PRESSED, True)
+        if reactor.ready and spare + forks <= 0:
             log_throttled("all processes are at work: requests wait (--max-children)")
-        return self.put_in - before
+            if not self.board.orders[0] & PRESSED:
+                self.board.order(PRESSED, True)  # from here on, a child that becomes spare sends a message
+                return self.fill(reactor, now, self.count_spare(), forks)
+        return spare
 
     def count_taken(self) -> int:
         """Return how many connections the children have taken out."""
@@ -1967,7 +1972,7 @@ class Parent:
             now, spare = time.monotonic(), self.queue.count_spare()
             # Step 1: put requests into the queue, one for each child that is spare or may be forked.
             if self.reactor.ready:
-                spare -= self.queue.fill(self.reactor, now, self.cap - len(self.board.children) + spare)
+                spare = self.queue.fill(self.reactor, now, spare, self.cap - len(self.board.children))
             # Step 2: keep one child spare, so that no client has to wait for a fork.
             until = self.keep_spare(now, spare)
             # Step 3: let children at work run first; then sleep until an event, a signal, or the next thing is due.
