@@ -2014,12 +2014,15 @@ class Disguised(str):
         return "X: y\r\nX-Evil: 1"
 
     __add__ = __radd__ = __mod__ = lambda self, _: "X: y\r\nX-Evil: 1"
+    lower = strip = lambda self, *_: "harmless"
 
 
 def test_sends_what_it_has_checked_of_a_str_by_inheritance() -> None:
     application = give([b"x"], (Disguised("X-Name"), Disguised("value")), status=Disguised("299 Fine"))
     data = exchange(GET, application=application)
     assert data.startswith(b"HTTP/1.1 299 Fine\r\n") and b"\r\nX-Name: value\r\n" in data and b"Evil" not in data
+    for header in ((Disguised("X: 1\r\nX-Evil"), "1"), ("X", Disguised("1\r\nX-Evil: 1")), (Disguised("Upgrade"), "x")):
+        assert ask(GET, give([b"x"], header)).status == 500
 
 
 def test_judges_a_header_alike_whatever_came_before_it() -> None:
@@ -2180,6 +2183,33 @@ def test_ends_the_response_to_a_client_that(manner: str, kind: str, tmp_path: An
     file.close()
 
 
+@pytest.mark.parametrize("asked", [GET + NEXT, OLD], ids=["1.1", "1.0"])
+@pytest.mark.parametrize("rest", [[b"END"], []], ids=["more", "no more"])
+def test_sends_nothing_behind_a_gap_that_the_application_ignores(tcp: None, asked: bytes, rest: Any, log: Any) -> None:
+    is_caught = threading.Event()
+
+    def application(environ: Any, start_response: Any) -> Any:
+        write = start_response("200 OK", [])
+        try:
+            write(bytes(20_000_000))
+        except Exception:
+            is_caught.set()
+        return rest
+
+    with connected(application, timeout=0.2, access_log="json") as client:
+        client.sendall(asked)
+        assert is_caught.wait(PATIENCE)
+        data, is_reset = bytearray(), False
+        try:
+            while piece := client.recv(1 << 20):
+                data += piece
+        except ConnectionResetError:
+            is_reset = True
+        assert data.count(b"HTTP/1.1 ") <= 1 and b"END" not in data and not data.endswith(b"0\r\n\r\n")
+        assert is_reset or asked != OLD, "a plain end would mean a complete body"
+    assert "the client has gone" in "".join(log(1)) and not log(2)
+
+
 @pytest.mark.parametrize("asked", [GET, OLD], ids=["1.1", "1.0"])
 @pytest.mark.parametrize("is_written", [False, True], ids=["yield", "write"])
 def test_sends_each_block_before_it_asks_for_the_next(asked: bytes, is_written: bool) -> None:
@@ -2276,6 +2306,8 @@ class Bare:
     (lambda path: after(open_file(path, "rb"), ("seek", 9), ("read", 70000)), DATA[70009:], "sought and read"),
     (lambda path: after(open_file(path, "rb"), ("seek", 1 << 40)), b"", "beyond its end"),
     (lambda path: after(open_file(path, "w+b"), ("write", b"fresh"), ("seek", 2)), b"esh", "written and rewound"),
+    (lambda path: after(open_file(path, "r+b"), ("read", 4), ("write", b"#"), ("seek", 0)), DATA[:4] + b"#" + DATA[5:],
+     "read, written and sought inside the buffer"),
     (lambda path: open_file(os.devnull, "rb"), b"", "a device"),
     (lambda path: io.BytesIO(DATA), DATA, "BytesIO"),
     (lambda path: after(io.BytesIO(DATA), ("seek", 5)), DATA[5:], "BytesIO with an offset"),
@@ -2477,7 +2509,12 @@ class UnspeakableError(Exception):
 
 ERRORS = [SystemExit(0), SystemExit("bye"), Odd(), GeneratorExit(), StopIteration(), RecursionError(), MemoryError(),
           UnspeakableError(), OSError(32, "pipe"), BrokenPipeError(), ConnectionResetError(),
-          TimeoutError()]  # fmt: skip
+          TimeoutError(), type("ArrayMemoryError", (MemoryError,), {})()]  # fmt: skip
+
+
+def test_names_the_limit_of_memory_for_any_kind_of_memory_error() -> None:
+    for error in (error for error in ERRORS if isinstance(error, MemoryError)):
+        assert b"--limit-memory" in ask(GET, play(error)).body
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
@@ -2576,6 +2613,14 @@ def test_logs_the_longest_request_by_one_write_and_legibly(tcp: None, style: str
     ((fd, data),) = writes
     assert fd == 1 and data.count(b"\n") == 1 and data.endswith(b"\n")
     assert read_log(style, data[:-1].decode("ascii"))["status"] == 200  # its texts may be cut, its facts not
+
+
+def test_names_a_field_that_is_dropped_once_in_a_while(log: Any) -> None:
+    webserver.LAST_LOGGED.clear()
+    webserver.parse_head.cache_clear()
+    for value in (b"1", b"2"):
+        ask(get(b"X_Real_IP: " + value), hello)
+    assert len(log(2)) == 1 and "underscore" in log(2)[0]
 
 
 def test_names_tls_and_http_2_in_the_log() -> None:
@@ -4302,9 +4347,12 @@ def test_sighup_of_a_terminal_that_was_closed_ends_the_server(tmp_path: Any, mom
         process.wait(PATIENCE)
 
 
-@pytest.mark.parametrize("signals", [1, 2])
-def test_sigterm_while_a_reload_loads_waits_for_the_end_of_the_load_or_for_a_second_one(
-    tmp_path: Any, signals: int
+STOPS = signal.SIGTERM, signal.SIGINT
+
+
+@pytest.mark.parametrize("signals", [STOPS[:1], STOPS[:1] * 2, STOPS, STOPS[::-1]], ids=str)
+def test_a_stop_while_a_reload_loads_waits_for_the_end_of_the_load_or_for_a_second_one(
+    tmp_path: Any, signals: Any
 ) -> None:
     slow = """
     with open("loads", "a") as file:
@@ -4318,16 +4366,36 @@ def test_sigterm_while_a_reload_loads_waits_for_the_end_of_the_load_or_for_a_sec
         server.process.send_signal(signal.SIGHUP)
         wait_until(lambda: os.path.exists(server.folder + "/loading"), "the load")
         with server.send("answer = 'accepted'", CLOSE) as late:
-            for _ in range(signals):
-                server.process.send_signal(signal.SIGTERM)
+            for signum in signals:
+                server.process.send_signal(signum)
                 time.sleep(0.1)
-            if signals == 1:
+            if len(signals) == 1:
                 server.go()
                 assert receive_answer(late).body == b"accepted"
             assert server.process.wait(PATIENCE) == 0
             server.go()
         assert receive_answer(busy).status == 200
-        assert server.errors().count("stopping") == (signals == 1)
+        assert server.errors().count("stopping") == (len(signals) == 1)
+
+
+def test_a_stop_in_the_first_load_removes_the_socket_file(tmp_path: Any) -> None:
+    write_file(tmp_path / "app.py", "import os, time\n" + HELD)
+    server = Running(tmp_path, "app:app", bind="unix:socket")
+    server.wait_held()
+    assert os.path.exists(tmp_path / "socket")
+    assert server.stop() == 0 and not os.path.exists(tmp_path / "socket")
+
+
+def test_a_reload_starts_the_interpreter_of_the_start_and_counts_anew(tmp_path: Any) -> None:
+    app = "import sys\nsys.executable = '/nowhere'\n" + textwrap.dedent(RUNS_QUERY)
+    with Running(tmp_path, app=app) as server, server.send(HELD) as busy:
+        server.wait_held()
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: server.errors().count("serving on") == 2, "the reload")
+        server.process.send_signal(signal.SIGUSR1)
+        assert " 0 connections, " in (said := server.wait_for_log("in all:")) and " 0 requests, " in said
+        server.go()
+        assert read_answer(busy).status == 200
 
 
 @on_linux
@@ -5780,6 +5848,7 @@ MISTAKES = [  # the words, the exit status, what the one line on stderr must hol
     ("good:", (1, 2), ["good"]),
     (":app", (1, 2), [":app"]),
     ("-b 127.0.0.1:TAKEN good", 1, ["in use", "TAKEN"]),
+    ("-b unix:good.py good", 1, ["in use", "good.py", "a file has that path"]),
     ("-b 127.0.0.1:99999 good", (1, 2), ["99999"]),
     ("-b 127.0.0.1:http good", (1, 2), ["http"]),
     ("-b 127.0.0.1 good", (1, 2), ["127.0.0.1"]),

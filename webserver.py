@@ -118,7 +118,7 @@ MAX_CHUNK_EXTENSIONS = 16384  # 400; in all chunks of a body: else each byte of 
 MAX_DRAINED = 65536  # the server reads up to this of a body that the application left unread, to keep the connection
 MAX_REMEMBERED = 2048  # a larger head is parsed without the caches, and so are its lines: they could fill the memory
 TICK = 1.0  # a process that waits checks its deadlines and its orders once in this time
-HEAD_TIMEOUT = 10.0  # 408; from the first byte of a head to its last. Closed: from the accept to the first byte
+HEAD_TIMEOUT = 10.0  # from the first byte of a head to its last: 408; from the accept to the first byte: a close
 MIN_RATE = 500  # 408; bytes a second that a client must send or take on average, as Apache's mod_reqtimeout wants
 MIN_RATE_GRACE = 20.0  # the average counts once the waits for the client add up to more than this, in one request
 MIN_RATE_PRESSED = 32768  # the same in each second while PRESSED; an honest client on a slow line takes 3 times that
@@ -198,7 +198,7 @@ SINGLETON_FIELDS = frozenset((
     "authorization", "content-type", "date", "from", "host", "if-modified-since", "if-range", "if-unmodified-since",
     "max-forwards", "proxy-authorization", "range", "referer", "user-agent",
 ))  # fmt: skip
-# status-code [ SP reason-phrase ] as PEP 3333 writes it; no 1xx, since an application sends no interim response
+# status-code SP reason-phrase (PEP 3333), which may be missing; no 1xx: an application sends no interim response
 STATUS = re.compile(r"[2-9][0-9][0-9](?: [\t\x20-\x7e\x80-\xff]*)?")
 RESPONSE_FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")  # FIELD_VALUE, of a str
 # Fields of the connection, which only the server may set (RFC 9110 §7.6.1; PEP 3333, "Other HTTP Features")
@@ -220,9 +220,9 @@ DONT_WAIT, STREAM = int(socket.MSG_DONTWAIT), int(socket.SOCK_STREAM)
 class Stream:
     """Owns a connected socket and the bytes received from it but not yet consumed."""
 
-    # A method that receives, `receive_at_rest` apart, raises ClientGoneError if the connection was reset, and
-    # ClientSilentError if the client sends nothing for the timeout, or for a second while requests wait for a process,
-    # or less than `Pace` asks for. A method that sends raises ClientGoneError for all of these.
+    # A method that receives raises ClientGoneError if the connection was reset, and ClientSilentError if the client
+    # sends nothing for the timeout, or for a second while requests wait for a process, or less than `Pace` asks for;
+    # `receive_at_rest` and `receive_by` differ. A method that sends raises ClientGoneError for all of these.
     __slots__ = ("buffer", "pace", "preface", "previous_head", "rest_timeout", "slot", "sock", "timeout")
 
     def __init__(self, sock: Any, slot: Slot, timeout: float) -> None:
@@ -298,8 +298,8 @@ class Stream:
 
     def send_rest(self, data: memoryview, sent: int) -> None:
         """Send the data from this byte on; ClientGoneError if the client has gone, takes nothing, or too little."""
-        # The acknowledged bytes tell what the client takes (SIOCOUTQ, tcp(7)). send(2) does not: it blocks until a
-        # third of a large buffer is free, which takes a slow client more than a second.
+        # The acknowledged bytes tell what the client takes (SIOCOUTQ). send(2) does not: it blocks until a third of a
+        # large buffer is free, which takes a slow client more than a second.
         owed, deadline = count_unacknowledged(self.sock), time.monotonic() + self.timeout
         self.pace = pace = self.pace or Pace()
         try:
@@ -331,7 +331,7 @@ class Stream:
                     return
 
     def reset_on_close(self, is_wanted: bool) -> None:
-        """Set whether the close of the socket, also by an exit, resets the connection (socket(7), SO_LINGER)."""
+        """Set whether the close of the socket, also by an exit, resets the connection (SO_LINGER of 0 seconds)."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", is_wanted, 0))  # a struct linger
 
 
@@ -354,7 +354,7 @@ class Pace:
 
 
 def count_unacknowledged(sock: socket.SocketType) -> int:
-    """Return how many of the bytes sent the client has not acknowledged; 0 where the kernel does not tell."""
+    """Return the bytes sent that the client has not acknowledged, at a unix socket with overhead; 0 if unknown."""
     import fcntl
     import termios
 
@@ -417,13 +417,13 @@ def check_partial_head(data: bytes, checked: int) -> None:
 
 def is_worth_reading(data: bytes, checked: int) -> bool:
     """Return whether the bytes begin with a whole head or cannot become one; `checked` of them were checked before."""
-    end = data.find(b"\r\n\r\n", max(checked - 3, 0)) + 4
+    end = data.find(b"\r\n\r\n", max(checked - 3, 0))
     try:
-        if end < 4:
+        if end < 0:
             check_partial_head(data, checked)
             return False  # the parent goes on holding the connection
-        if end <= MAX_REMEMBERED:
-            parse_head(data[:end])  # children that are forked from now on inherit the cached result
+        if end + 4 <= MAX_REMEMBERED:
+            parse_head(data[: end + 4])  # children that are forked from now on inherit the cached result
     except Exception:
         pass  # the process that reads the head meets the same error, and answers
     return True
@@ -489,8 +489,9 @@ def parse_fields(lines: list[bytes], parse_line: Callable[[bytes], tuple[str, st
     require(len(lines) <= MAX_FIELDS, 431, "too many field lines")
     fields: dict[str, str] = {}
     for name, value in map(parse_line, lines):
-        if "_" in name:
-            continue  # in the environ, X_Y would pass for X-Y
+        if "_" in name:  # in the environ, X_Y would pass for X-Y
+            log_throttled("a field with an underscore in its name is dropped: send its name with a hyphen")
+            continue
         if name in fields and name in SINGLETON_FIELDS:
             raise HTTPError(400, "a second " + name.title())
         fields[name] = fields[name] + ("; " if name == "cookie" else ", ") + value if name in fields else value
@@ -755,7 +756,9 @@ class Framing(NamedTuple):
 class Response:
     """Owns the response to one request: its head until the first block, and how much of its body was sent."""
 
-    __slots__ = ("body", "drops_blocks", "framing", "head", "is_closing", "is_complete", "request", "sent", "stream")
+    __slots__ = (
+        "body", "drops_blocks", "framing", "head", "is_closing", "is_complete", "is_cut", "request", "sent", "stream",
+    )  # fmt: skip
 
     def __init__(self, stream: Stream, request: Request, is_closing: bool) -> None:
         self.stream, self.request = stream, request
@@ -765,7 +768,7 @@ class Response:
         self.framing: Framing | None = None  # None until the head is sent
         self.sent = 0  # bytes of the body
         self.drops_blocks = False  # further blocks are dropped: the response has no body, or the body is too long
-        self.is_complete = False
+        self.is_complete = self.is_cut = False  # is_cut: the client has not taken all that was to be sent
 
     def send(self, block: bytes, is_last: bool = False) -> None:
         """Send a block of the body: the head before the first one, the end of a chunked body behind the last one."""
@@ -773,6 +776,8 @@ class Response:
             raise AssertionError("write() was called after the end of the response")
         if not isinstance(block, bytes):
             raise TypeError("a block of the body is not bytes: %.100r" % (block,))
+        if self.is_cut:  # the application has caught the exception: nothing may follow behind the gap
+            raise ClientGoneError(0)
         before, behind, framing = b"", b"", self.framing
         if framing is None:
             if not (block or is_last):
@@ -796,7 +801,7 @@ class Response:
             elif before or block or behind:
                 self.stream.send(before + block + behind)
         except ClientGoneError as gone:
-            self.sent += min(max(gone.args[0] - len(before), 0), size)
+            self.sent, self.is_cut = self.sent + min(max(gone.args[0] - len(before), 0), size), True
             raise
         self.sent += size
         if is_last:
@@ -815,6 +820,7 @@ class Response:
         kinds = type(file), type(getattr(file, "raw", file))
         if self.framing or not self.head or kinds not in PLAIN_KINDS or not file.readable():
             return False
+        file.flush()  # what was written to a BufferedRandom may be in its buffer alone
         fd, found = file.fileno(), os.fstat(file.fileno())
         if not (stat.S_ISREG(found.st_mode) and found.st_blocks):
             return False
@@ -877,12 +883,12 @@ def parse_response_head(status: str, response_headers: tuple[tuple[str, str], ..
     # What passes here reaches the client byte for byte: a CR LF in it would split the response in two.
     if not isinstance(status, str) or not STATUS.fullmatch(status):
         raise ValueError("not a status such as '200 OK': %r" % (status,))
-    # What was checked is sent: join calls no method of a subclass of str, as % and + do.
+    # What was checked is sent: neither join nor these methods of str call one of a subclass, as % and + do.
     lines, length, names = ["HTTP/1.1 ", status, "\r\n" if " " in status else " \r\n"], None, set()
     for header in response_headers:
         if not (isinstance(header, tuple) and len(header) == 2 and all(isinstance(part, str) for part in header)):
             raise TypeError
-        name, value = header[0].lower(), header[1].strip(" \t")
+        name, value = str.lower(header[0]), str.strip(header[1], " \t")
         if not TOKEN.fullmatch(name.encode("utf-8")):
             raise ValueError("not a field name: %r" % header[0])
         if not RESPONSE_FIELD_VALUE.fullmatch(value):
@@ -950,7 +956,7 @@ def serve_connection(
 def serve_request(
     application: Application, options: Options, stream: Stream, shared: Environ, deadline: float | None
 ) -> bool:
-    """Serve a request; return whether another may follow. ClientSilentError, ClientGoneError, OSError: none came."""
+    """Serve a request; return whether another may follow. ClientSilentError, ClientGoneError, OSError: none comes."""
     slot, environ, head, began, detail = stream.slot, shared, b"", 0.0, ""
     response: Response | None = None
     try:
@@ -994,7 +1000,7 @@ def recover(response: Response, error: BaseException) -> str:
         ClientGoneError: (0, "the client has gone"), Overdue: (504, "the application took too long"),
         MemoryError: (500, "the application wanted more memory than it may have (--limit-memory)"),
     }  # fmt: skip
-    default = causes.get(type(error), (500, "the application failed"))
+    default = next((causes[kind] for kind in causes if isinstance(error, kind)), (500, "the application failed"))
     status, detail = error.args if isinstance(error, HTTPError) else default
     with suppress(ClientGoneError):  # then the log has the status that the client would have got
         if response.framing is None and status:
@@ -1081,7 +1087,7 @@ def log(text: str) -> None:
 
 
 def log_throttled(text: str) -> None:
-    """Log a trouble that may last, at most once in QUIET seconds."""
+    """Log a trouble that may last, at most once in QUIET seconds by this process."""
     now = time.monotonic()
     if now - LAST_LOGGED.get(text, -QUIET) >= QUIET:
         LAST_LOGGED[text] = now
@@ -1115,9 +1121,9 @@ def log_exception(error: BaseException) -> None:
 # An address -> a socket that listens: opened here, or inherited from a service manager (socket(7), sd_listen_fds(3)).
 
 BACKLOG = 1024  # connections that the kernel holds until they are accepted; it caps the number at net.core.somaxconn
-ADDRESS = re.compile(r"unix:(.+)|fd:([0-9]{1,9})|(\[[^\[\]]+\]|[^\[\]:]*):([0-9]{1,5})", re.ASCII | re.DOTALL)
+ADDRESS = re.compile(r"unix:(.+)|fd:([0-9]{1,9})|(\[[^\[\]]+\]|[^\[\]:]*):([0-9]{1,5})", re.DOTALL)
 ADVICE = {
-    errno.EADDRINUSE: "; another program listens there: stop it, or choose another address with --bind",
+    errno.EADDRINUSE: "; another program listens there, or a file has that path: choose another address with --bind",
     errno.EACCES: "; choose a port from 1024 on, or a path that you may write to",
     errno.ENOENT: "; create its folder first",
     errno.EADDRNOTAVAIL: "; this machine has no such address",
@@ -1246,7 +1252,7 @@ def describe_address(listener: socket.SocketType, scheme: str) -> str:
         return "unix:%s" % listener.getsockname()
     host, port = listener.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
-        return "%s://localhost:%d/ (all addresses)" % (scheme, port)
+        return "%s://localhost:%d/ (bound to %s)" % (scheme, port, host)
     return "%s://%s:%d/" % (scheme, "[%s]" % host if ":" in host else host, port)
 
 
@@ -1282,7 +1288,7 @@ class Scoreboard:
         self.since, self.leave_by = doubles[2::stride], doubles[3::stride]
         self.taken, self.requests = numbers[5::stride], numbers[6::stride]
         self.children = {pid: slot for slot, pid in enumerate(self.pids) if pid}  # after a reload, the old ones
-        self.used = max(self.children.values(), default=-1) + 1  # from this slot on, none was ever used
+        self.used = max(self.children.values(), default=-1) + 1  # from this slot on, all are free
 
     def order(self, order: int, is_wanted: bool) -> None:
         """Give this order to all children, or withdraw it."""
@@ -1390,7 +1396,7 @@ class Slot:
         now = time.monotonic()
         if not self.must_leave(now):
             return not self.is_told(PRESSED)
-        is_in_time = now + TICK < self.leave_by[self.index] < UNBOUNDED  # a reload or a stop, not MemoryError
+        is_in_time = now + TICK < self.leave_by[self.index] < UNBOUNDED  # a reload or a stop; nothing else sets a time
         return is_in_time and not self.is_told(PRESSED | STOPPING)
 
     def end_request(self) -> bool:
@@ -1414,7 +1420,7 @@ class Slot:
 # ---- 12. Child --------------------------------------------------------------
 # A process that serves one connection, or several, and exits (fork(2), unix(7)).
 #
-#     parent --- queue: a descriptor, and the time by which its head must be complete ---> any child that waits
+#     parent --- queue: a descriptor, by when its head must be complete, its memo; "leave" ----> any child that waits
 #     parent <--- mailbox: a descriptor that comes back, "free", or the number of a signal --- any child, and the parent
 #
 # WARNING: a descriptor in a message is a copy. The sender closes its own, and the connection lives on in the receiver.
@@ -1594,7 +1600,7 @@ ACCEPT_AT_ONCE = 64  # connections, before other events have their turn
 
 
 class Connection:
-    """Owns a connection that no child works at: its socket, and until when it may rest."""
+    """Owns a connection that no child works at: its socket, and until when it may rest, or its head be incomplete."""
 
     __slots__ = ("deadline", "group", "memo", "seen", "sock")
 
@@ -1613,7 +1619,7 @@ def find_group(host: str) -> Any:
 
 
 def order_fairly(ready: Iterable[Connection], board: Scoreboard) -> deque[Connection]:
-    """Return the connections, sorted by the number of connections of the same client at work or ahead in line."""
+    """Return the connections, sorted by the number of connections of the same peer at work or ahead in line."""
     ahead = Counter(find_group(board.read_text(slot, 0)) for slot in range(board.used) if board.since[slot])
     ranked: list[tuple[int, Connection]] = []
     for connection in ready:
@@ -1652,7 +1658,7 @@ class Reactor:
 
     def accept(self) -> bool:
         """Accept connections from the kernel's queue; return False if there is no room, and pause until `expire`."""
-        deadline, has_room = time.monotonic() + self.head_timeout, True
+        deadline = time.monotonic() + self.head_timeout
         for _ in range(ACCEPT_AT_ONCE):
             # A new connection may take the place of the one longest at rest, but not of one in line for a child.
             if not (has_room := bool(self.resting) or len(self.ready) < self.options.max_connections):
@@ -1758,7 +1764,7 @@ class Reactor:
     def stop_listening(self, is_late: bool) -> None:
         """Accept the connections in the kernel's queue; close the listener unless some have no room yet."""
         if not self.listener.is_foreign:
-            self.listener.sock.listen(0)  # the kernel's queue takes no newcomer any more: the loop below ends
+            self.listener.sock.listen(0)  # the kernel's queue takes one newcomer at most: the loop below ends
         while (are_left := wait_readable(self.listener.sock, 0)) and self.accept():
             pass
         if are_left and not (is_late or self.listener.is_foreign):
@@ -1850,8 +1856,9 @@ class Signals:
 
     def unblock(self) -> None:
         """Restore the signal mask after the fork."""
-        if (mask := self.masks.pop(get_ident(), None)) is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if (mask := self.masks.get(get_ident())) is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # a SIGALRM that was blocked comes here, and is dropped
+        self.masks.pop(get_ident(), None)
 
     def leave(self) -> None:
         """Give up what is the server's, in the process that the application has forked."""
@@ -1868,10 +1875,11 @@ class Queue:
     def __init__(self, channel: Channel, board: Scoreboard) -> None:
         self.channel, self.board = channel, board
         self.put_in = 0  # connections, since the start of this program
-        self.taken_before = -sum(board.taken)  # by children since reaped, less those taken before a reload
+        self.taken_before = -sum(board.taken)  # by children that are reaped, less those taken before a reload
         self.fair_at = 0.0  # when the requests that wait are sorted again
         self.late_at, self.put_in_then = 0.0, 0  # when `check_lateness` is due; `put_in` at the last one
-        self.least_spare = self.uncounted = 0  # the fewest spare since the last TICK; connections not counted as taken
+        self.least_spare = 0  # the fewest spare children since the last TICK
+        self.uncounted = 0  # at the last TICK: connections that have left the queue and that no child has counted
         self.stuck_spares: set[int] = set()  # slots of children that waited at the last TICK beside a request in line
 
     def fill(self, reactor: Reactor, now: float, spare: int, forks: int) -> int:
@@ -1957,14 +1965,15 @@ class Parent:
         signals.detach = None  # from here on, this process forks only children; `give_up` sets it in each
         # A reload keeps the size of the scoreboard. The cap falls below `most` while the system refuses more processes.
         self.most = self.cap = min(options.max_children, len(self.board.pids))
-        self.fork_at = 0.0  # when to fork the next child; UNBOUNDED: no fork is due
+        self.fork_at = 0.0  # when to fork the next child; 0: at once, and no new delay; UNBOUNDED: no fork is due
         self.ahead = 0  # how many requests had been put in when the delay began: it lasts until they are taken
         self.fork_again_at = self.fork_pause = 0.0  # no fork before this; the pause after children that died unused
         self.tick_at = self.stop_at = 0.0  # when `watch` is due; when listening ends, 0 until a stop is asked for
         self.grace = options.graceful_timeout  # seconds from `stop_at` on for the requests in hand
         self.is_over = False  # the server has stopped, and the last child is reaped
         self.told: dict[int, tuple[float, float]] = {}  # by slot: the `since` that was interrupted, and when
-        self.totals: dict[str, float] = {**dict.fromkeys(TOTALS, 0), "ms of processor": -count_processor()}
+        self.totals: dict[str, float] = dict.fromkeys(TOTALS, 0)
+        self.totals.update({"requests": -sum(self.board.requests), "ms of processor": -count_processor()})
 
     def run(self) -> None:
         """Serve until the server is stopped and the last child is reaped."""
@@ -1998,14 +2007,15 @@ class Parent:
             return self.fork_at
         if spare < 0 and self.child.connections == 1:
             self.fork_at = now
-        elif self.fork_at == UNBOUNDED or (now >= self.fork_at > 0 > spare and self.queue.count_taken() >= self.ahead):
+        elif self.fork_at == UNBOUNDED or (spare < 0 < self.fork_at <= now and self.queue.count_taken() >= self.ahead):
             self.fork_at, self.ahead = now + FORK_DELAY, self.queue.put_in
         self.fork_at = max(self.fork_at, self.fork_again_at)
         self.board.order(WANTED, spare < 0 and now >= self.fork_at)
         if now >= self.fork_at:
             self.queue.check_lateness(now)
             self.fork()
-            self.fork_at = UNBOUNDED if spare >= 0 else now if spare < -1 else now + FORK_DELAY  # spare: before it
+            # `spare` was counted before this fork.
+            self.fork_at = UNBOUNDED if spare >= 0 else now if spare < -1 else now + FORK_DELAY
         return self.fork_at
 
     def fork(self) -> None:
@@ -2187,8 +2197,8 @@ def report(queue: Queue, reactor: Reactor, totals: dict[str, float]) -> None:
 
 def serve_alone(child: Child, reactor: Reactor, signals: Signals) -> None:
     """Serve without other processes (--no-fork), one request at a time, until the server is stopped."""
-    while not any(map(signals.means_stop, signals.pending)):
-        reactor.wait(0.0 if reactor.ready else TICK)
+    while not (signals.pending and signals.means_stop(signals.pending.pop(0))):
+        reactor.wait(0.0 if reactor.ready or signals.pending else TICK)
         reactor.expire(time.monotonic())
         if reactor.ready:
             connection = reactor.ready.popleft()
@@ -2346,14 +2356,15 @@ def find_kept() -> list[int]:
     return kept
 
 
-def on_loading_signal(signals: Signals, is_reload: bool, signum: int) -> None:
+def on_loading_signal(signals: Signals, listener: Listener, is_reload: bool, signum: int) -> None:
     """Handle a signal while the application loads: one to stop ends the process, in a reload only the second time."""
     # No loop runs yet. But in a reload, old children still serve: as PID 1, this process would take them along.
     if signum == signal.SIGALRM:
         log("the application is still loading: does its module run a server, as by app.run()? Then it never ends")
         if is_reload:
             os._exit(1)
-    elif signals.means_stop(signum) and (not is_reload or signum in signals.pending):
+    elif signals.means_stop(signum) and (not is_reload or any(map(signals.means_stop, signals.pending))):
+        listener.close()
         os._exit(0)
     else:
         signals.pending.append(signum)
@@ -2364,9 +2375,9 @@ def start_again(**environ: str) -> NoReturn:
     try:
         os.chdir(STARTED_IN)
         set_limit("RLIMIT_NOFILE")
-        os.execve(sys.executable, STARTED_AS, {**STARTED_WITH, **environ})
+        os.execve(STARTED_AS[0], STARTED_AS, {**STARTED_WITH, **environ})
     except OSError as error:
-        log("cannot start %s again: %s" % (sys.executable, error.strerror))
+        log("cannot start %s again: %s" % (STARTED_AS[0], error.strerror))
     finally:
         os._exit(1)
 
@@ -2408,7 +2419,6 @@ def make_tls_context(options: Options) -> Any:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
-    path = ""
     try:
         for path in filter(None, (options.certfile, options.keyfile, options.ca_certs)):
             open(path, "rb").close()  # ssl would not say which file it cannot read
@@ -2468,7 +2478,7 @@ class TLSSocket:
         """Repeat a step of the session until it has its records; return its result, BlockingIOError after a second."""
         until = time.monotonic() + TICK  # else a record that comes byte by byte would extend the wait
         while True:
-            if not (self.incoming.pending or self.session.pending()):
+            if not self.incoming.pending:
                 if not (records := self.sock.recv(RECEIVE_SIZE)):  # maybe a truncation (RFC 8446 §6.1)
                     raise ConnectionResetError("the client has closed without close_notify")
                 self.incoming.write(records)
@@ -2930,13 +2940,13 @@ class WarmUpSocket:
         self.request, self.status, self.has_failed = request, 0, False
 
     def recv(self, *_: int) -> bytes:
-        """Return the request, then b"": only `Stream.linger` calls again, behind the answer to an error."""
+        """Return the request. Only `Stream.linger` calls again, behind the answer to an error: note that."""
         request, self.request, self.has_failed = self.request, b"", not self.request
         return request
 
     def sendmsg(self, blocks: Sequence[bytes], *_: Any) -> int:
         """Drop the blocks, but note the status; return their size."""
-        self.status = self.status or int(bytes(blocks[0][9:12]))
+        self.status = self.status or int(blocks[0][9:12])
         return sum(map(len, blocks))
 
     def send(self, data: bytes, *_: int) -> int:
@@ -3282,7 +3292,7 @@ def start(load: Callable[[], Application], options: Options) -> None:
     held.callback(mailbox.close)
     try:
         # Step 3: the application, and the loop.
-        service = load_guarded(load, options, signals, kept)
+        service = load_guarded(load, options, listener, signals, kept)
         run(service, options, listener, mailbox, signals, held, kept)
     finally:
         signals.release()
@@ -3290,13 +3300,15 @@ def start(load: Callable[[], Application], options: Options) -> None:
         listener.close()
 
 
-def load_guarded(load: Callable[[], Application], options: Options, signals: Signals, kept: list[int]) -> partial[bool]:
+def load_guarded(
+    load: Callable[[], Application], options: Options, listener: Listener, signals: Signals, kept: list[int]
+) -> partial[bool]:
     """Return the loaded service; meanwhile `on_loading_signal` handles the signals, also of PID 1; StartError.
 
     A reload raises none: if the load fails although the check has passed, the program is started again. If the module
     takes longer than `bound_loading` says, the process ends with status 1; each warm-up then has a deadline of its own.
     """
-    signals.act = partial(on_loading_signal, signals, bool(kept))
+    signals.act = partial(on_loading_signal, signals, listener, bool(kept))
     signals.catch(*(SIGNALS if kept else SIGNALS[1:]))  # SIGINT ends a first load by KeyboardInterrupt
     signal.alarm(int(bound_loading(options)) if kept else LOADING_IS_SLOW)
     try:
@@ -3309,6 +3321,7 @@ def load_guarded(load: Callable[[], Application], options: Options, signals: Sig
         signal.alarm(0)
     time.sleep(TICK)
     if any(map(signals.means_stop, signals.pending)):
+        listener.close()
         os._exit(0)
     replace_program(kept)
 
