@@ -826,7 +826,8 @@ def heed_signals() -> None:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: Any) -> Iterator[Running]:
     """One server for all claims that leave it as it was: which is itself a claim."""
-    with Running(tmp_path_factory.mktemp("shared"), app=RUNS_QUERY) as server:
+    port = free_port()  # on all addresses, where IPv4 clients have mapped ones
+    with Running(tmp_path_factory.mktemp("shared"), app=RUNS_QUERY, bind=":%d" % port, port=port) as server:
         yield server
         assert server.leaves_no_zombie() and server.process.poll() is None
         assert server.stop() == 0
@@ -5164,13 +5165,13 @@ def test_mounts_the_application_under_a_path(tmp_path: Any) -> None:
 
 README = os.path.join(os.path.dirname(WEBSERVER), "README.md")
 
-TOLD = "REMOTE_ADDR", "wsgi.url_scheme", "HTTP_HOST", "SERVER_PORT", "SCRIPT_NAME"
+TOLD = "REMOTE_ADDR", "wsgi.url_scheme", "HTTP_HOST", "SERVER_PORT", "SCRIPT_NAME", "HTTP_FORWARDED"
 
 # Tells what a proxy has told.
 TELLS = """
     def app(environ, start_response):
         start_response("200 OK", [])
-        return [" ".join(environ[name] or "-" for name in %s).encode()]
+        return [" ".join(environ.get(name) or "-" for name in %s).encode()]
 """ % (TOLD,)
 
 # What nginx needs around the lines of the README to run as any user.
@@ -5199,7 +5200,7 @@ frontend front
 # A proxy is trusted, and so must not pass on what its own client says of such things.
 LIES = [
     "X-Forwarded-For: 192.0.2.66", "X-Forwarded-Proto: http", "X-Forwarded-Host: evil", "X-Forwarded-Port: 1",
-    "X-Forwarded-Prefix: /evil",
+    "X-Forwarded-Prefix: /evil", "Forwarded: for=192.0.2.66",
 ]  # fmt: skip
 
 
@@ -5296,7 +5297,7 @@ def test_behind_nginx_an_application_sees_the_client(tmp_path: Any, certificates
         for lies in ([], LIES):
             fields = [word for lie in lies for word in ("-H", lie)]
             told = curl("--cacert", certificates + "/ca.pem", *fields, "https://localhost:%d/app/" % port)
-            assert told == "127.0.0.2 https localhost:%d %d /app" % (port, port)
+            assert told == "127.0.0.2 https localhost:%d %d /app -" % (port, port)
         wait_until(lambda: server.output().count("127.0.0.2 - -") == 2, "the log")
 
 
@@ -5311,7 +5312,7 @@ def test_behind_haproxy_an_application_sees_the_client(tmp_path: Any, certificat
             for lies in ([], LIES):
                 fields = [word for lie in lies for word in ("-H", lie)]
                 told = curl("--cacert", certificates + "/ca.pem", *fields, "https://localhost:%d/" % port)
-                assert told == "127.0.0.2 https localhost:%d %d -" % (port, port)
+                assert told == "127.0.0.2 https localhost:%d %d - -" % (port, port)
 
 
 @needs_openssl
@@ -5328,7 +5329,7 @@ def test_a_header_of_haproxy_tells_the_client(tmp_path: Any, certificates: str, 
         changes = {"10.0.0.7:8000": "127.0.0.1:%d" % server.port, "send-proxy-v2": version}
         with run_haproxy(tmp_path, port, "tcp", "", "backend application\n    " + replace(line, changes)):
             url = "%s://localhost:%d/" % (scheme, port)
-            told = "127.0.0.2 %s localhost:%d %d -" % (scheme, port, server.port)
+            told = "127.0.0.2 %s localhost:%d %d - -" % (scheme, port, server.port)
             assert curl("--cacert", certificates + "/ca.pem", "-H", LIES[0], url, url) == told * 2
 
 

@@ -5,8 +5,8 @@
     python3 webserver.py module:app           the application `app` of `module`; `module:factory()` calls a factory
     python3 webserver.py --help               the options
 
-It needs CPython 3.8 or later on a POSIX system, and no package. It writes nothing to disk and runs as any user,
-also as PID 1 of a container. A request that crashes, hangs or exits takes down its own connection and no other.
+It needs CPython 3.8 or later on a POSIX system, and no package; on Linux no writable disk. It runs as any user, also
+as PID 1 of a container. A request that crashes, hangs or exits takes down its own connection and no other.
 
 How to read it. Part one knows HTTP and WSGI and never forks. Part two knows processes and leaves HTTP to part one.
 They share one class, Slot, through which a process reports its state and sees its orders. Part three adds what a
@@ -616,8 +616,8 @@ class Body(io.RawIOBase):
 
     def add_input(self, environ: Environ) -> None:
         """Set wsgi.input, and CONTENT_LENGTH for a chunked body that is small enough to be buffered."""
-        # Django and Bottle read no body without CONTENT_LENGTH. A body larger than --buffer-chunked is left to
-        # applications that know wsgi.input_terminated, as those of Flask, Falcon and Pyramid do.
+        # Django, Bottle and most of Falcon read no body without CONTENT_LENGTH. A body larger than --buffer-chunked is
+        # left to applications that know wsgi.input_terminated, as those of Flask and Pyramid do.
         was_chunked, content = self.has_more_chunks, bytearray()
         while self.has_more_chunks and len(content) <= self.buffered:
             content += self.read(RECEIVE_SIZE)
@@ -1545,7 +1545,7 @@ class Child:
         except OSError:  # the client has reset the connection
             sock.close()
             return
-        self.slot.mark_client(address[0].encode() if isinstance(address, tuple) else b"unix")
+        self.slot.mark_client(strip_mapping(address[0]).encode() if isinstance(address, tuple) else b"unix")
         while self.service(sock, address, self.slot, deadline) and not self.give_back(sock):
             deadline = None  # the mailbox is full: wait for the client once more
 
@@ -3349,7 +3349,7 @@ def run(
     if os.geteuid() == 0:
         log("running as root: let --user NAME give that up once the address is bound")
     address = describe_address(listener.sock, "https" if options.certfile else "http")
-    log("serving on %s, pid %d" % (address, os.getpid()))
+    log("%sserving on %s, pid %d" % ("reloaded: " if kept else "", address, os.getpid()))
     notify("READY=1")
     serve_alone(child, reactor, signals) if options.no_fork else Parent(child, reactor, signals, options).run()
     log("stopped")
