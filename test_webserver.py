@@ -1555,6 +1555,16 @@ def test_drains_an_unread_body_up_to_a_bound() -> None:
             served = serve(framed + NEXT, 1000, read=lambda file: b"")
             paths = served.paths()
             assert paths in (["/"], ["/", "/next"]) and len(served.answers) == len(paths)
+            assert (served.answers[0].get("Connection") == "close") == (paths == ["/"]), "RFC 9112 §9.6: the last says so"
+
+
+def test_half_of_an_empty_line_before_a_request_is_not_taken_for_rest() -> None:
+    with connected(hello) as client:
+        client.sendall(GET + b"\r")
+        read_answer(client)
+        assert not select.select([client], [], [], 1.5 * webserver.TICK)[0], "neither an answer nor the end"
+        client.sendall(b"\n" + get(CLOSE))
+        assert receive_answer(client).status == 200
 
 
 BUFFERED = webserver.Options().buffer_chunked
@@ -4674,6 +4684,33 @@ def test_large_bodies_go_both_ways_over_tls(tmp_path: Any, certificates: str) ->
                 assert connection.getresponse().read() == large
                 connection.request("PUT", "/", large)
                 assert connection.getresponse().read() == b"%d" % len(large)
+
+
+@needs_openssl
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts what is mapped only on Linux")
+@pytest.mark.parametrize("tls", [False, True], ids=["tcp", "tls"])
+def test_sends_a_large_block_without_a_copy_of_it(tmp_path: Any, certificates: str, tls: bool) -> None:
+    words = ("--certfile", certificates + "/server.both") if tls else ()
+    with Running(tmp_path, "--limit-memory", "100M", *words, app=RUNS_QUERY) as server:
+        code = "class Body(list): close = None\nanswer = Body([bytes(70_000_000)])\nanswer.close = lambda: None"
+        with start_tls(server, certificates) if tls else server.connect() as client:
+            client.sendall(get(CLOSE, target=make_target(code).encode()))
+            assert receive_answer(client).body == bytes(70_000_000)
+
+
+@needs_openssl
+def test_a_tls_client_that_waited_in_line_still_has_time_for_its_head(tmp_path: Any, certificates: str) -> None:
+    words = "--max-children", "1", "--timeout", "1", "--certfile", certificates + "/server.both"
+    code = "answer = (time.sleep(0.1) or b'x' for _ in range(25))"  # in line for longer than a head may take
+    with Running(tmp_path, *words, app=RUNS_QUERY.replace("hasattr(answer, 'close')", "True")) as server:
+        with start_tls(server, certificates) as busy:
+            busy.sendall(get(CLOSE, target=make_target(code).encode()))
+            busy.recv(1)
+            with start_tls(server, certificates) as client:
+                client.sendall(GET[:9])
+                time.sleep(0.1)
+                client.sendall(get(CLOSE)[9:])
+                assert receive_answer(client).status == 200
 
 
 TLS_STALLS = [  # what the client sends over TLS and then waits; the status of the answer, None for none

@@ -227,7 +227,7 @@ class Stream:
 
     def __init__(self, sock: Any, slot: Slot, timeout: float) -> None:
         self.sock, self.slot, self.timeout = sock, slot, timeout
-        self.preface: Callable[[float | None], None] | None = None  # receives what precedes HTTP on a new connection
+        self.preface: Callable[[float | None], float | None] | None = None  # receives what precedes HTTP, if anything
         self.rest_timeout = 0.0  # seconds that a connection at rest stays in this process; 0 if the parent can hold it
         self.buffer = b""  # bytes received and not consumed yet
         self.previous_head = b""  # clients repeat their heads
@@ -285,7 +285,7 @@ class Stream:
         return line[:-1]
 
     def send(self, data: bytes, *more: bytes) -> None:
-        """Send all the parts, and join them if the kernel takes only some; ClientGoneError if the client has gone."""
+        """Send all the parts; ClientGoneError if the client has gone."""
         sent, size = 0, len(data) + sum(map(len, more)) if more else len(data)
         try:
             sent = self.sock.sendmsg((data, *more), (), DONT_WAIT) if more else self.sock.send(data, DONT_WAIT)
@@ -294,26 +294,28 @@ class Stream:
         except OSError as error:
             raise ClientGoneError(0) from error
         if sent < size:
-            self.send_rest(memoryview(b"".join((data, *more))), sent)
+            self.send_rest((data, *more), sent)
 
-    def send_rest(self, data: memoryview, sent: int) -> None:
-        """Send the data from this byte on; ClientGoneError if the client has gone, takes nothing, or too little."""
+    def send_rest(self, parts: tuple[bytes, ...], sent: int) -> None:
+        """Send the parts from this byte on; ClientGoneError if the client has gone, takes nothing, or too little."""
         # The acknowledged bytes tell what the client takes (SIOCOUTQ). send(2) does not: it blocks until a third of a
         # large buffer is free, which takes a slow client more than a second.
-        owed, deadline = count_unacknowledged(self.sock), time.monotonic() + self.timeout
+        owed, end, deadline = count_unacknowledged(self.sock), 0, time.monotonic() + self.timeout
         self.pace = pace = self.pace or Pace()
         try:
-            while sent < len(data):
-                began, taken_before = self.slot.mark_silent(), sent - owed
-                with suppress(BlockingIOError):
-                    sent += self.sock.send(data[sent:])
-                owed = count_unacknowledged(self.sock)
-                taken, now = sent - owed - taken_before, self.slot.mark_progress()
-                if taken > 0:
-                    deadline = now + self.timeout
-                elif now >= deadline:
-                    raise ClientSilentError
-                pace.add(now - began, taken, self.slot.is_told(PRESSED))
+            for part in [memoryview(part) for part in parts]:  # to join large ones would need their memory again
+                end += len(part)
+                while sent < end:
+                    began, taken_before = self.slot.mark_silent(), sent - owed
+                    with suppress(BlockingIOError):
+                        sent += self.sock.send(part[sent - end :])
+                    owed = count_unacknowledged(self.sock)
+                    taken, now = sent - owed - taken_before, self.slot.mark_progress()
+                    if taken > 0:
+                        deadline = now + self.timeout
+                    elif now >= deadline:
+                        raise ClientSilentError
+                    pace.add(now - began, taken, self.slot.is_told(PRESSED))
         except ClientSilentError as error:
             self.reset_on_close(True)  # else the kernel would hold for minutes what the client has not taken
             raise ClientGoneError(sent) from error
@@ -388,14 +390,17 @@ class Request(NamedTuple):
 def read_head(stream: Stream, deadline: float | None) -> bytes:
     """Return the next head with its empty line; HTTPError if it cannot become one, or is not whole by the deadline."""
     if stream.preface:
-        stream.preface(deadline)
+        deadline = stream.preface(deadline)
     if not stream.buffer:
         stream.receive_at_rest(deadline)
         if stream.buffer == stream.previous_head:  # the old object: 10 % faster than to search and hash the new one
             stream.buffer = b""
             return stream.previous_head
     while stream.buffer[:3] in (b"\r", b"\r\n"):  # old clients send CRLF after a body (RFC 9112 §2.2)
-        stream.receive_at_rest(deadline)
+        if stream.buffer == b"\r":  # no rest: another process would begin in the middle of the CRLF
+            stream.receive_by(deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout), "head")
+        else:
+            stream.receive_at_rest(deadline)
     checked = 0
     while (end := stream.buffer.find(b"\r\n\r\n", max(checked - 3, 0))) < 0:
         deadline = deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout)
@@ -562,7 +567,7 @@ class Body(io.RawIOBase):
         self.remaining = request.length or 0  # bytes to come of the body, or of the chunk in hand
         self.limit = limit - self.remaining  # bytes that further chunks may hold
         self.awaits_continue = request.expects_continue  # until the body is read or the response begins
-        self.untouched = 0  # of a streamed chunked body: the value of `remaining` when the application was called
+        self.collected = memoryview(b"")  # the beginning of a chunked body that is too large to be buffered whole
         self.failure: tuple[int, str] | None = None  # not the exception, whose frames refer to this body
         self.extensions = 0  # bytes of chunk extensions so far
         self.is_behind_chunk = False  # the CRLF that ends the chunk in hand is still to come
@@ -574,6 +579,10 @@ class Body(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Copy the next bytes into the buffer, for io.RawIOBase; return their number, 0 at the end of the body."""
+        if self.collected:
+            count = min(len(self.collected), len(buffer))
+            buffer[:count], self.collected = self.collected[:count], self.collected[count:]
+            return count
         if self.failure:
             raise HTTPError(*self.failure)
         try:
@@ -611,7 +620,7 @@ class Body(io.RawIOBase):
         if not self.remaining:  # the trailer section is checked and dropped (RFC 9110 §6.5)
             for count, line in enumerate(iter(partial(self.stream.read_line, MAX_FIELD_LINE), b"")):
                 require(count < MAX_FIELDS, 431, "too many trailer fields")
-                parse_field_line(line)
+                parse_field_line.__wrapped__(line)
             self.has_more_chunks = False
 
     def add_input(self, environ: Environ) -> None:
@@ -624,20 +633,17 @@ class Body(io.RawIOBase):
         if was_chunked and not self.has_more_chunks:
             environ["wsgi.input"], environ["CONTENT_LENGTH"] = io.BytesIO(content), str(len(content))
             return
-        environ["wsgi.input"] = io.BufferedReader(self, RECEIVE_SIZE)
-        if content:  # put it back, in front of the rest of the chunk in hand
-            self.stream.buffer = bytes(content) + self.stream.buffer
-            self.remaining = self.untouched = self.remaining + len(content)
+        environ["wsgi.input"], self.collected = io.BufferedReader(self, RECEIVE_SIZE), memoryview(content)
 
     def check_use(self) -> None:
         """Log advice if the application has ended and has read nothing of a streamed chunked body."""
-        if self.untouched and self.untouched == self.remaining:
+        if len(self.collected) > self.buffered:  # all that was collected is still here
             size = "a chunked body of more than %d bytes" % self.buffered
             log_throttled("the application has read nothing of %s: raise --buffer-chunked for it" % size)
 
     def drain(self) -> bool:
         """Drop what the application left unread; return whether the body has ended and a next request can follow."""
-        left, waste = MAX_DRAINED, bytearray(RECEIVE_SIZE)
+        self.collected, left, waste = memoryview(b""), MAX_DRAINED, bytearray(RECEIVE_SIZE)
         with suppress(HTTPError):  # the response is already sent: only the close follows
             while left >= self.remaining:
                 if not (received := self.readinto(waste)):
@@ -841,6 +847,7 @@ class Response:
                 raise HTTPError(*self.body.failure)
             self.is_closing |= self.body.awaits_continue  # the client may send the body or not
             self.body.awaits_continue = False
+            self.is_closing |= size is not None and self.body.remaining > MAX_DRAINED  # `drain` will give up
         slot = self.stream.slot
         if slot.orders[0] & (STOPPING | PRESSED):
             # Under pressure, a client that has sent further requests already must connect again for them.
@@ -2418,6 +2425,7 @@ def make_tls_context(options: Options) -> Any:
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)  # of TLS 1.2: it costs the server more than the client
     context.set_alpn_protocols(["http/1.1"])
     try:
         for path in filter(None, (options.certfile, options.keyfile, options.ca_certs)):
@@ -2478,6 +2486,8 @@ class TLSSocket:
         """Repeat a step of the session until it has its records; return its result, BlockingIOError after a second."""
         until = time.monotonic() + TICK  # else a record that comes byte by byte would extend the wait
         while True:
+            if len(self.unsent) > RECEIVE_SIZE:  # of TLS 1.3, which the client may ask for without end
+                raise ConnectionResetError("the client does not read the answers to its updates of the keys")
             if not self.incoming.pending:
                 if not (records := self.sock.recv(RECEIVE_SIZE)):  # maybe a truncation (RFC 8446 §6.1)
                     raise ConnectionResetError("the client has closed without close_notify")
@@ -2507,15 +2517,15 @@ class TLSSocket:
         return bytes(self.attempt(partial(self.session.read, size)))
 
     def send(self, data: Any, flags: int = 0) -> int:
-        """Send all the data; return its size. After BlockingIOError, the next call must begin with the same data."""
-        self.encrypted = self.encrypted or self.session.write(data)
+        """Send the first data; return their size. After BlockingIOError the next call must begin with the same data."""
+        self.encrypted = self.encrypted or self.session.write(data[:FILE_BLOCK_SIZE])
         self.push(flags)
         sent, self.encrypted, self.pushed = self.encrypted, 0, 0
         return sent
 
     def sendmsg(self, blocks: Iterable[bytes], _: Any, flags: int) -> int:
-        """Send all the blocks."""
-        return self.send(b"".join(blocks), flags)
+        """Send the first data of the blocks; return their size."""
+        return self.send(b"".join(block[:FILE_BLOCK_SIZE] for block in blocks), flags)
 
     def shutdown(self, how: int) -> None:
         """End our side and tell the client by close_notify; what it still sends is not decrypted."""
@@ -2596,8 +2606,8 @@ class Transport:
 
         return wrapped if self.trust or self.path else application
 
-    def open(self, stream: Stream, shared: Environ, deadline: float | None) -> None:
-        """Receive what precedes HTTP, by the deadline; note what it tells in the environ that all requests share."""
+    def open(self, stream: Stream, shared: Environ, deadline: float | None) -> float | None:
+        """Receive what precedes HTTP; note what it tells in the environ of all requests; return the head's deadline."""
         stream.preface, slot = None, stream.slot
         until = deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout)
         if self.options.proxy_protocol and self.trust and not slot.memo and self.trust.covers(shared["REMOTE_ADDR"]):
@@ -2609,6 +2619,8 @@ class Transport:
             stream.sock = accept_tls(self.context, stream, until)
             shared.update(stream.sock.make_environ())
             stream.rest_timeout = max(self.options.keep_alive, TICK)
+            deadline = max(until, time.monotonic() + TICK)  # the client could not send the head while it was in line
+        return deadline
 
 
 class Trust:
