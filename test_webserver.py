@@ -1555,7 +1555,7 @@ def test_drains_an_unread_body_up_to_a_bound() -> None:
             served = serve(framed + NEXT, 1000, read=lambda file: b"")
             paths = served.paths()
             assert paths in (["/"], ["/", "/next"]) and len(served.answers) == len(paths)
-            assert (served.answers[0].get("Connection") == "close") == (paths == ["/"]), "RFC 9112 §9.6: the last says so"
+            assert (served.answers[0].get("Connection") == "close") == (paths == ["/"]), "9112 §9.6: the last says so"
 
 
 def test_half_of_an_empty_line_before_a_request_is_not_taken_for_rest() -> None:
@@ -3012,6 +3012,28 @@ def test_what_an_application_executes_inherits_no_signal_settings(shared: Runnin
     assert re.findall("Sig(?:Blk|Ign).*", shared.run(command)) == re.findall("Sig(?:Blk|Ign).*", names["answer"])
 
 
+POOLS = {
+    "Manager": "import multiprocessing as m, sys; sys.kept = m.Manager(); answer = sys.kept._process.pid",
+    "Pool": "import multiprocessing as m, sys; sys.kept = p = m.get_context('fork').Pool(1); answer = p.apply(os.getpid)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_no_process_of_multiprocessing_outlives_its_child(tmp_path: Any, name: str) -> None:
+    app = "import multiprocessing.managers, multiprocessing.pool\n" + textwrap.dedent(RUNS_QUERY)
+    with Running(tmp_path, app=app) as server:
+        pid = int(server.run(POOLS[name]))
+        wait_until(lambda: not is_alive(pid), "the end of the process that the application has started")
+
+
+def test_processes_of_a_pool_do_not_hold_up_a_stop(tmp_path: Any) -> None:
+    app = "import concurrent.futures as c\npool = c.ProcessPoolExecutor(1)\npool.submit(abs, -1).result()\n"
+    with Running(tmp_path, app=app + textwrap.dedent(ANSWERS % "here")) as server:
+        assert server.answers("here")
+        began = time.monotonic()
+        assert server.stop() == 0 and time.monotonic() - began < SLACK
+
+
 def test_exit_handlers_of_the_child_run_and_inherited_ones_do_not(tmp_path: Any) -> None:
     with Running(tmp_path, app=RUNS_QUERY) as server:
         code = "import atexit; atexit.register(os.write, 1, b'registered by %d\\n' % os.getpid())"
@@ -4255,6 +4277,50 @@ def test_an_application_does_not_make_the_server_deaf_at_a_reload(tmp_path: Any,
         assert server.stop() == 0
 
 
+def test_a_reload_to_another_version_of_the_server_is_refused(tmp_path: Any) -> None:
+    program = tmp_path / "server.py"
+    shutil.copy(WEBSERVER, program)
+    with Running(tmp_path, app=ANSWERS % "old", argv=(sys.executable, str(program))) as server:
+        text = read_file(str(program))
+        write_file(program, text.replace('__version__ = "', '__version__ = "9'))  # its scoreboard may differ
+        server.process.send_signal(signal.SIGHUP)
+        assert "cannot take over from %s: restart" % webserver.PRODUCT in server.wait_for_log("cannot take over")
+        server.wait_for_log("the old code goes on")
+        assert server.answers("old") and server.stop() == 0
+
+
+def test_old_children_may_be_reaped_by_the_application_that_a_reload_loads(tmp_path: Any) -> None:
+    app = """
+    import signal, time
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with open("loads", "a") as file:
+        file.write("x")
+    if os.path.getsize("loads") == 3:  # behind the start and the check
+        open("loading", "w").close()
+        while not os.path.exists("go"): time.sleep(0.01)
+    """
+    with Running(tmp_path, "--graceful-timeout", "2", app=RUNS_QUERY + app) as server, server.send(HELD):
+        (pid,) = server.wait_held()
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: os.path.exists(server.folder + "/loading"), "the load")
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not is_alive(pid), "the end of the old child")
+        server.go()
+        server.wait_for_log("reloaded: serving on")
+        assert server.run("") != str(pid) and server.stop() == 0 and "Traceback" not in server.errors()
+
+
+def test_an_exit_handler_that_hangs_holds_up_a_reload_for_some_seconds_only(tmp_path: Any) -> None:
+    app = "import atexit, os, time\nPARENT = os.getpid()\nif not os.path.exists('new'):\n"
+    app += "  atexit.register(lambda: PARENT == os.getpid() and time.sleep(60))\n" + textwrap.dedent(ANSWERS % "here")
+    with Running(tmp_path, app=app) as server:
+        write_file(tmp_path / "new", "")
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for_log("line [0-9]+, in <lambda>")
+        server.wait_for_log("reloaded: ")
+        assert server.answers("here") and server.stop() == 0
+
+
 STARTS = {  # a process that an application starts and terminates
     "subprocess": "import subprocess\nprocess = subprocess.Popen(['sleep', '60'])\n"
                   "process.terminate()\nprocess.wait()\n",
@@ -4702,15 +4768,14 @@ def test_sends_a_large_block_without_a_copy_of_it(tmp_path: Any, certificates: s
 def test_a_tls_client_that_waited_in_line_still_has_time_for_its_head(tmp_path: Any, certificates: str) -> None:
     words = "--max-children", "1", "--timeout", "1", "--certfile", certificates + "/server.both"
     code = "answer = (time.sleep(0.1) or b'x' for _ in range(25))"  # in line for longer than a head may take
-    with Running(tmp_path, *words, app=RUNS_QUERY.replace("hasattr(answer, 'close')", "True")) as server:
-        with start_tls(server, certificates) as busy:
-            busy.sendall(get(CLOSE, target=make_target(code).encode()))
-            busy.recv(1)
-            with start_tls(server, certificates) as client:
-                client.sendall(GET[:9])
-                time.sleep(0.1)
-                client.sendall(get(CLOSE)[9:])
-                assert receive_answer(client).status == 200
+    with Running(tmp_path, *words, app=RUNS_QUERY) as server, start_tls(server, certificates) as busy:
+        busy.sendall(get(CLOSE, target=make_target(code).encode()))
+        busy.recv(1)
+        with start_tls(server, certificates) as client:
+            client.sendall(GET[:9])
+            time.sleep(0.1)
+            client.sendall(get(CLOSE)[9:])
+            assert receive_answer(client).status == 200
 
 
 TLS_STALLS = [  # what the client sends over TLS and then waits; the status of the answer, None for none
@@ -5799,6 +5864,7 @@ MODULES = {
              "import functools\n@functools.wraps(view)\ndef wrapped(*arguments): return good(*arguments)\n"
              "part = functools.partial(lambda x, e, s: good(e, s), 1)\nmethod = Site().__call__",
     "leaves": "import sys\nsys.exit('bye')",
+    "patched": "import select\noriginal = select.select\nselect.select = lambda *a: original(*a)\ndef app(e, s): pass",
 }  # fmt: skip
 
 
@@ -5874,6 +5940,7 @@ MISTAKES = [  # the words, the exit status, what the one line on stderr must hol
     ("deep.site", 1, ["deep.site", "app", "make"]),
     ("good:number", 1, ["number", "callable"]),
     ("deep.site:none()", 1, ["none", "callable"]),
+    ("patched", 1, ["patched the standard library", "gevent"]),
     ("good.py", 2, ["'good.py'", "write hello:app"]),
     ("path/to/good.py:app", 2, ["cd to its folder", "write hello:app"]),
     ("my-site:app", 2, ["'my-site:app'", "write hello:app"]),

@@ -46,7 +46,7 @@ import sys
 import time
 import types
 from collections import Counter, deque
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache, partial
 from _thread import get_ident
 from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, NoReturn, Sequence
@@ -1593,7 +1593,8 @@ def exit_child(status: int) -> NoReturn:
     try:
         if "threading" in sys.modules:
             sys.modules["threading"]._shutdown()  # what CPython itself calls at its end; there is no public name
-        exit_without_threads(status)
+        run_exit_handlers()
+        flush_output()
     finally:
         os._exit(status)  # even if an exit handler has raised
 
@@ -1981,6 +1982,13 @@ class Parent:
         self.told: dict[int, tuple[float, float]] = {}  # by slot: the `since` that was interrupted, and when
         self.totals: dict[str, float] = dict.fromkeys(TOTALS, 0)
         self.totals.update({"requests": -sum(self.board.requests), "ms of processor": -count_processor()})
+        for pid in [*self.board.children]:  # old children, which the application may have reaped while it loaded
+            try:
+                ended = os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:
+                ended = pid, 0
+            if ended[0]:
+                self.record_exit(*ended)
 
     def run(self) -> None:
         """Serve until the server is stopped and the last child is reaped."""
@@ -2193,7 +2201,7 @@ def report(queue: Queue, reactor: Reactor, totals: dict[str, float]) -> None:
     for pid, slot in sorted(board.children.items()):
         since = board.since[slot]
         state = "busy" if since > 0 else "idle" if since < 0 else "waiting" if board.waiting[slot] else "leaving"
-        age, doing = ("%.1f s" % (now - abs(since)), board.describe(slot)) if since else ("-", "")
+        age, doing = ("%.1f s" % max(now - abs(since), 0.0), board.describe(slot)) if since else ("-", "")
         log("%7d %-8s %8s %8d  %s" % (pid, state, age, board.requests[slot], doing))
     log("connections at rest: %d, waiting for a process: %d" % (len(reactor.resting), len(reactor.ready)))
     numbers = {"connections": queue.count_taken(), **totals}
@@ -2267,7 +2275,7 @@ class Reload:
             self.refuse("cannot fork to try the new code: %s" % error.strerror)
             return
         if self.checker == 0:
-            start_again(WEBSERVER_CHECK=str(os.getpid()))
+            start_again(WEBSERVER_CHECK="%d %s" % (os.getpid(), PRODUCT))
 
     def cancel(self) -> None:
         """Kill the process of a check that is under way; `end_check` then ignores its end."""
@@ -2328,8 +2336,7 @@ class Reload:
                 carried.send(BACK + b"\n".join(memos), *fds)
             except OSError as error:  # over 70,000 connections, or more than the user may have in messages (unix(7))
                 log("connections at rest are lost in the reload: %s" % error.strerror)
-        run_exit_handlers()  # execve(2) runs none: what the old code has started would go on
-        flush_output()
+        end_application()  # execve(2) runs no exit handler: what the old code has started would go on
         sockets = self.reactor.listener.sock, mailbox.receiver, mailbox.sender, carried.receiver, carried.sender
         replace_program([board.fd, *(sock.fileno() for sock in sockets)])
 
@@ -2344,7 +2351,9 @@ def replace_program(kept: list[int]) -> NoReturn:
     for fd in kept:
         os.set_inheritable(fd, True)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    if __name__ != "__main__":  # a script may start processes before it calls `serve`: they would inherit the mask
+    # A script may start processes before it calls `serve`, which would inherit the mask. But the kernel drops a signal
+    # that is not blocked and has no handler, if it is for PID 1.
+    if __name__ != "__main__" and os.getpid() != 1:
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, signal.SIG_DFL)  # ours would note it for a loop that no longer runs
         for signum in (signal.SIGHUP, signal.SIGUSR1):
@@ -2383,8 +2392,8 @@ def start_again(**environ: str) -> NoReturn:
         os.chdir(STARTED_IN)
         set_limit("RLIMIT_NOFILE")
         os.execve(STARTED_AS[0], STARTED_AS, {**STARTED_WITH, **environ})
-    except OSError as error:
-        log("cannot start %s again: %s" % (STARTED_AS[0], error.strerror))
+    except (OSError, ValueError) as error:  # ValueError: Python does not know its own path
+        log("cannot start %r again: %s" % (STARTED_AS[0], error))
     finally:
         os._exit(1)
 
@@ -2755,6 +2764,7 @@ def note_client(address: str | bytes, port: int) -> str:
 # What depends on the system: descriptors, users, limits, exit handlers, the service manager, shared memory.
 
 OTHER_DESCRIPTORS = 64  # that the parent needs besides those of connections
+EXIT_TIMEOUT = 5.0  # seconds for the exit handlers of the application, at the end of the server or in a reload
 LIMITS: dict[str, int] = {}  # soft limits of a child: of descriptors, as at the start; of data, with what it inherits
 
 
@@ -2837,6 +2847,8 @@ def run_exit_handlers() -> None:
         atexit._run_exitfuncs()
     except (Exception, SystemExit):
         pass  # atexit has printed the traceback
+    if util := sys.modules.get("multiprocessing.util"):
+        util._run_finalizers(0)  # pools and managers, but none of another process; there is no public name
     multiprocessing = sys.modules.get("multiprocessing.process")
     for process in multiprocessing.active_children() if multiprocessing else ():
         with suppress(AssertionError):  # is_alive raises it for a process that the parent has started
@@ -2845,11 +2857,40 @@ def run_exit_handlers() -> None:
                 process.join()
 
 
-def exit_without_threads(status: int) -> NoReturn:
-    """End the process without a wait for the threads of the application, which may run for ever."""
-    run_exit_handlers()
+def end_application() -> None:
+    """Run the exit handlers, for EXIT_TIMEOUT at most, and flush the output, in the process that was started."""
+    with suppress(Overdue), limit_time(EXIT_TIMEOUT, "an exit handler"):
+        if pools := sys.modules.get("concurrent.futures.process"):
+            pools._python_exit()  # CPython calls it first: else `multiprocessing` would wait for processes at work
+        run_exit_handlers()
     flush_output()
+
+
+def exit_without_threads(status: int) -> NoReturn:
+    """End the process that was started, without a wait for the threads of the application, which may run for ever."""
+    end_application()
     os._exit(status)
+
+
+@contextmanager
+def limit_time(seconds: float, what: str) -> Iterator[None]:
+    """Raise Overdue in the block after these seconds, and in each TICK from then on; after KILL_AFTER, exit with 1."""
+    deadline = time.monotonic() + seconds + KILL_AFTER
+
+    def interrupt(*_: Any) -> None:
+        if time.monotonic() < deadline:
+            raise Overdue
+        write_line(2, "webserver.py: %s takes too long and cannot be interrupted" % what)
+        os._exit(1)
+
+    former = signal.signal(signal.SIGALRM, interrupt)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    signal.setitimer(signal.ITIMER_REAL, seconds, TICK)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former or signal.SIG_DFL)
 
 
 def flush_output() -> None:
@@ -2901,7 +2942,10 @@ def load_service(load: Callable[[], Application], options: Options) -> partial[b
     if options.user and not options.check:
         drop_privileges(options.user)
     try:
+        before = os.fork, os.waitpid, select.select
         application = transport.wrap(load())
+        if (os.fork, os.waitpid, select.select) != before:
+            raise StartError("the application has patched the standard library, as gevent does: leave that out")
         if not options.no_fork:  # else no process inherits what was opened
             for _, trouble in sorted(find_opened()):
                 log("the application has " + trouble)
@@ -2917,14 +2961,9 @@ def load_service(load: Callable[[], Application], options: Options) -> partial[b
 def warm_up(application: Application, options: Options, target: str) -> None:
     """Serve a GET of this path or URL to ourselves; StartError if it fails or leaves something open."""
     before, began = find_opened(), time.monotonic()
-    handler = signal.signal(signal.SIGALRM, partial(end_warm_up, began + options.timeout + KILL_AFTER))
-    signal.setitimer(signal.ITIMER_REAL, options.timeout, TICK)
     sock: Any = WarmUpSocket(REHEARSAL % target.encode())
-    try:
+    with limit_time(options.timeout, "the warm-up"):
         serve_connection(application, options._replace(access_log="off"), sock, ("127.0.0.1", 0), Slot(Scoreboard(1)))
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
     took = time.monotonic() - began
     if sock.has_failed or sock.status >= 500:
         reason = "its status is %d, and a traceback, if there is one, stands above" % sock.status
@@ -2935,14 +2974,6 @@ def warm_up(application: Application, options: Options, target: str) -> None:
         gc.collect()
         time.sleep(TICK / 20)  # a thread may need a moment to end
     log("warmed up: GET %s %d in %d ms" % (target, sock.status, took * 1000))
-
-
-def end_warm_up(deadline: float, *_: Any) -> None:
-    """Interrupt a warm-up that takes too long; end the process if it still runs at the deadline."""
-    if time.monotonic() < deadline:
-        raise Overdue
-    write_line(2, "webserver.py: the warm-up takes too long and cannot be interrupted")
-    os._exit(1)
 
 
 class WarmUpSocket:
@@ -3285,7 +3316,10 @@ def start(load: Callable[[], Application], options: Options) -> None:
     # Step 1: what needs no listening socket.
     options = check_options(options)
     open_standard_files()
-    if options.check or os.environ.get("WEBSERVER_CHECK") == str(os.getpid()):
+    pid, _, running = os.environ.get("WEBSERVER_CHECK", "").partition(" ")  # set by a reload
+    if options.check or pid == str(os.getpid()):
+        if running not in ("", PRODUCT):
+            raise StartError("%s cannot take over from %s: restart the server" % (PRODUCT, running))
         service = load_service(load, options)
         if options.check:
             write_line(1, "the application loads: %r" % (service.args[0],))
