@@ -2942,9 +2942,8 @@ def load_service(load: Callable[[], Application], options: Options) -> partial[b
     if options.user and not options.check:
         drop_privileges(options.user)
     try:
-        before = os.fork, os.waitpid, select.select
-        application = transport.wrap(load())
-        if (os.fork, os.waitpid, select.select) != before:
+        before, application = select.select, transport.wrap(load())
+        if select.select != before:  # the selector, too, would wait for greenlets of the parent
             raise StartError("the application has patched the standard library, as gevent does: leave that out")
         if not options.no_fork:  # else no process inherits what was opened
             for _, trouble in sorted(find_opened()):
