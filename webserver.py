@@ -1485,6 +1485,7 @@ class Child:
         self.service, self.family, self.queue, self.mailbox = service, family, Channel(), mailbox
         self.options = options
         self.connections = options.connections_per_child  # kept here: a look-up in Options costs each fork some pages
+        self.left = self.connections  # of them; if there is no limit, it is negative from the first connection on
         self.slot = Slot(board)
         if options.no_fork:  # the only process: if it waited for one client, all other clients would wait, too
             self.slot.retire()
@@ -1514,14 +1515,14 @@ class Child:
             # The first write to a page that is shared with the parent copies the page. Done before the first request,
             # these copies are no part of its time, of which they would be a third.
             rehearse(1)
-        left = self.connections  # 0, no limit: it is negative from the first connection on
+        self.left = self.connections
         while taken := self.receive_connection():
-            self.serve(*taken)
-            left -= 1
-            if left == 0 or self.slot.must_leave(time.monotonic()):
-                return
+            is_told = self.serve(*taken)  # the parent has a message
+            self.left -= 1
+            if self.left == 0 or self.slot.must_leave(time.monotonic()):
+                break
             self.slot.mark_waiting(True)
-            if self.slot.is_told(PRESSED):  # the parent has a request for this child, and sleeps
+            if not is_told and self.slot.is_told(PRESSED):  # the parent has a request for this child, and sleeps
                 with suppress(OSError):  # the mailbox is full: the parent is awake
                     self.mailbox.send(b"free")
         self.slot.mark_waiting(False)  # else `record_exit` would take this for a child that died unused
@@ -1544,25 +1545,30 @@ class Child:
         self.slot.memo = message[DEADLINE.size :]
         return sock, DEADLINE.unpack_from(message)[0]
 
-    def serve(self, sock: socket.SocketType, deadline: float | None) -> None:
-        """Serve a connection until it ends, or until it is at rest and given back to the parent."""
+    def serve(self, sock: socket.SocketType, deadline: float | None) -> bool:
+        """Serve a connection until it ends, or until it is at rest; return whether it was given back to the parent."""
         self.sock = sock
         try:
             address = sock.getpeername()
         except OSError:  # the client has reset the connection
             sock.close()
-            return
+            return False
         self.slot.mark_client(strip_mapping(address[0]).encode() if isinstance(address, tuple) else b"unix")
-        while self.service(sock, address, self.slot, deadline) and not self.give_back(sock):
+        while self.service(sock, address, self.slot, deadline):
+            if self.give_back(sock):
+                return True
             deadline = None  # the mailbox is full: wait for the client once more
+        return False
 
     def give_back(self, sock: socket.SocketType) -> bool:
         """Send a connection at rest to the parent, and close it here; return False if the mailbox is full."""
+        self.slot.mark_waiting(self.left != 1)  # before the message: the parent then counts the children that wait
         try:
             self.mailbox.send(BACK + self.slot.memo, sock.fileno())
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS):
                 log_throttled("cannot give a connection at rest back: %s" % error.strerror)
+                self.slot.mark_waiting(False)
                 return False
             # Else the parent is dead: the connection ends here.
         sock.close()
@@ -1746,9 +1752,9 @@ class Reactor:
             self.selector.unregister(connection.sock)
 
     def take_back(self) -> None:
-        """Receive the connections given back, until the mailbox is empty or holds another message."""
+        """Receive the messages of children, until the mailbox is empty or holds the number of a signal."""
         try:
-            while (received := self.mailbox.receive(DONT_WAIT))[1]:
+            while len((received := self.mailbox.receive(DONT_WAIT))[0]) > 1:
                 self.hold(*received)
         except BlockingIOError:
             pass  # it is empty
