@@ -396,13 +396,11 @@ def read_head(stream: Stream, deadline: float | None) -> bytes:
         if stream.buffer == stream.previous_head:  # the old object: 10 % faster than to search and hash the new one
             stream.buffer = b""
             return stream.previous_head
-    while stream.buffer[:3] in (b"\r", b"\r\n"):  # old clients send CRLF after a body (RFC 9112 §2.2)
-        if stream.buffer == b"\r":  # no rest: another process would begin in the middle of the CRLF
-            stream.receive_by(deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout), "head")
-        else:
-            stream.receive_at_rest(deadline)
     checked = 0
     while (end := stream.buffer.find(b"\r\n\r\n", max(checked - 3, 0))) < 0:
+        if stream.buffer == b"\r\n":  # old clients send it after a body, and may rest behind it (RFC 9112 §2.2)
+            stream.receive_at_rest(deadline)
+            continue
         deadline = deadline or time.monotonic() + min(HEAD_TIMEOUT, stream.timeout)
         check_partial_head(stream.buffer, checked)
         checked = len(stream.buffer)
