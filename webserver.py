@@ -2187,10 +2187,8 @@ def give_advice(totals: dict[str, float]) -> None:
     cost = (totals["ms of processor"] + count_processor()) / totals["reaped"]
     requests = totals["requests"] / totals["reaped"]
     if cost > EXPENSIVE and requests < FEW_REQUESTS:
-        log(
-            "a process takes %d ms of processor and serves %.1f requests: --warm-up PATH loads once for all what the"
-            " first request loads, --connections-per-child N keeps processes" % (cost, requests)
-        )
+        advice = "--warm-up PATH loads once for all what first requests load, --connections-per-child N keeps processes"
+        log("a process takes %d ms of processor and serves %.1f requests: %s" % (cost, requests, advice))
 
 
 def count_processor() -> float:
