@@ -1805,7 +1805,6 @@ LAST_CALL = 1.0  # seconds from a stop to the close of connections at rest, whos
 FORK_DELAY = 0.01  # seconds without a spare child until the next fork; a child that is reaped ends the delay
 LATE_AFTER = 0.05  # seconds between two checks; a request that both find in the queue makes children step back
 FAIR_ORDER_EVERY = 0.05  # seconds between two sorts of the requests that wait: each reads the whole scoreboard
-TOTALS = "forks", "reaped", "crashes", "timeouts", "requests", "ms of processor"  # since the start or the last reload
 ADVICE_AFTER, EXPENSIVE, FEW_REQUESTS = 100, 20.0, 4  # processes reaped; per process: ms of processor, requests
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD, signal.SIGALRM)
 
@@ -1984,7 +1983,7 @@ class Parent:
         self.grace = options.graceful_timeout  # seconds from `stop_at` on for the requests in hand
         self.is_over = False  # the server has stopped, and the last child is reaped
         self.told: dict[int, tuple[float, float]] = {}  # by slot: the `since` that was interrupted, and when
-        self.totals: dict[str, float] = dict.fromkeys(TOTALS, 0)
+        self.totals: dict[str, float] = {"forks": 0, "reaped": 0, "crashes": 0, "timeouts": 0}
         self.totals.update({"requests": -sum(self.board.requests), "ms of processor": -count_processor()})
         for pid in [*self.board.children]:  # old children, which the application may have reaped while it loaded
             try:
@@ -2197,7 +2196,7 @@ def count_processor() -> float:
 
 
 def report(queue: Queue, reactor: Reactor, totals: dict[str, float]) -> None:
-    """Log what each child does, how many connections are held, and the totals."""
+    """Log what each child does, how many connections are held, and the totals since the start or the last reload."""
     board, now = queue.board, time.monotonic()
     log("%7s %-8s %8s %8s  %s" % ("pid", "state", "age", "requests", "client and request"))
     for pid, slot in sorted(board.children.items()):
