@@ -3326,9 +3326,8 @@ def start(load: Callable[[], Application], options: Options) -> None:
         exit_without_threads(0 if options.check else CHECK_PASSED)
     # Step 2: the sockets, opened or kept in a reload.
     kept = find_kept()
-    options = options._replace(
-        bind=find_inherited_address() or options.bind, max_connections=raise_descriptor_limit(options.max_connections)
-    )
+    bind, most = find_inherited_address() or options.bind, raise_descriptor_limit(options.max_connections)
+    options = options._replace(bind=bind, max_connections=most)
     rehearse(REHEARSALS)
     listener = Listener(kept[1] if kept else open_listener(options.bind, options.socket_mode), options.bind)
     mailbox = Channel(*kept[2:4])
