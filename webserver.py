@@ -3139,16 +3139,15 @@ def find_application(module: Any, path: str) -> Any:
     return found
 
 
-def check_application(found: Any, name: str) -> Application:
+def check_application(application: Application, name: str) -> Application:
     """Return the object if it can be called as PEP 3333 demands; else StartError says what to do."""
-    code = getattr(find_function(found), "__code__", None)
+    code = getattr(find_function(application), "__code__", None)
     if code and code.co_flags & IS_ASYNC:
         raise StartError("%s is an ASGI application: it needs an ASGI server, such as uvicorn; this speaks WSGI" % name)
-    is_class = isinstance(found, type) and not hasattr(found, "__iter__")  # else of responses: a call makes one
-    if is_class or not accepts(found, 2):
+    is_class = isinstance(application, type) and not hasattr(application, "__iter__")  # else a call makes a response
+    if is_class or not accepts(application, 2):
         advice = "if it makes the application, write %s()" % name
         raise StartError("%s cannot be called with (environ, start_response): %s" % (name, advice))
-    application: Application = found
     return application
 
 
