@@ -3223,8 +3223,7 @@ systemd sets them."""
 
 FOREIGN_OPTIONS = (  # of gunicorn, waitress, uvicorn and others, and what does the same here
     ("-w --workers --threads --worker-connections -k --worker-class", "processes come as needed; see --max-children"),
-    ("-p --port --host --listen", "give the address as --bind HOST:PORT"),
-    ("--uds --unix-socket", "give the address as --bind unix:PATH"),
+    ("-p --port --host --listen --uds --unix-socket", "give the address as --bind HOST:PORT or --bind unix:PATH"),
     ("--max-requests --max-requests-jitter", "a process ends with its connection; see --connections-per-child"),
     ("-D --daemon --pid", "let the service manager do that"),
     ("--access-logfile --error-logfile --log-file --log-level --log-config --no-access-log --access-logformat",
