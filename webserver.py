@@ -1436,17 +1436,16 @@ IDLE_AFTER = 0.005  # seconds without a request until a new child rehearses: the
 BACK = b"back\n"  # behind it, a line with the memo of each descriptor that is given back
 MAX_DESCRIPTORS = 253  # in one message: SCM_MAX_FD of Linux
 RIGHTS = socket.SOL_SOCKET, socket.SCM_RIGHTS
+# macOS has no SOCK_SEQPACKET, but its datagrams between two sockets stay in order, too.
+MESSAGES = socket.SOCK_DGRAM if sys.platform == "darwin" else socket.SOCK_SEQPACKET
 CLOSE_ON_EXEC, CUT_OFF = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0)), int(socket.MSG_CTRUNC)
 
 
 class Channel:
     """Owns a pair of sockets, new or inherited, through which processes send messages, with descriptors or without."""
 
-    # macOS has no SOCK_SEQPACKET, but its datagrams between two sockets stay in order, too.
-    KIND = socket.SOCK_DGRAM if sys.platform == "darwin" else socket.SOCK_SEQPACKET
-
     def __init__(self, *fds: int) -> None:
-        ends = [socket.socket(fileno=fd) for fd in fds] or socket.socketpair(socket.AF_UNIX, self.KIND)
+        ends = [socket.socket(fileno=fd) for fd in fds] or socket.socketpair(socket.AF_UNIX, MESSAGES)
         self.receiver, self.sender = ends
         self.receiver.setblocking(True)
         self.sender.setblocking(False)
