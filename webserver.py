@@ -1772,17 +1772,18 @@ class Reactor:
         for connection in [c for c in self.resting.values() if now >= c.deadline]:
             (self.make_ready if connection.seen else self.drop)(connection)
 
-    def stop_listening(self, is_late: bool) -> None:
-        """Accept the connections in the kernel's queue; close the listener unless some have no room yet."""
+    def stop_listening(self, is_late: bool) -> bool:
+        """Accept the kernel's queue; close the listener unless some have no room yet; return whether it is closed."""
         if not self.listener.is_foreign:
             self.listener.sock.listen(0)  # the kernel's queue takes one newcomer at most: the loop below ends
         while (are_left := wait_readable(self.listener.sock, 0)) and self.accept():
             pass
         if are_left and not (is_late or self.listener.is_foreign):
-            return
+            return False
         with suppress(KeyError):  # it is not watched
             self.selector.unregister(self.listener.sock)
         self.listener.close()
+        return True
 
     def close_copies(self) -> None:
         """Close the copies that a forked process has of what is held here: the connections live on in the parent."""
@@ -2131,8 +2132,7 @@ def give_up(child: Child, reactor: Reactor, signals: Signals) -> None:
 def end_service(now: float, stop_at: float, kill_at: float, reactor: Reactor, queue: Queue) -> bool:
     """Stop listening; after LAST_CALL, close what is at rest and let children finish; return whether all is over."""
     children, is_late = queue.board.children, now >= kill_at
-    if reactor.listener.sock.fileno() >= 0:  # it still listens
-        reactor.stop_listening(is_late)
+    is_listening = reactor.listener.sock.fileno() >= 0 and not reactor.stop_listening(is_late)
     is_busy = reactor.resting or reactor.ready or queue.count_spare() != len(children)
     if not is_busy or now >= min(stop_at + LAST_CALL, (stop_at + kill_at) / 2):
         while reactor.close_longest_at_rest():
@@ -2140,7 +2140,6 @@ def end_service(now: float, stop_at: float, kill_at: float, reactor: Reactor, qu
         queue.board.retire(kill_at)
         if is_late:
             reactor.ready.clear()
-        is_listening = reactor.listener.sock.fileno() >= 0
         if is_late or not (is_listening or reactor.ready or wait_readable(queue.channel.receiver, 0)):
             for fd, _ in queue.end():
                 os.close(fd)
