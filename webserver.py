@@ -3344,20 +3344,16 @@ def start(load: Callable[[], Application], options: Options) -> None:
 def load_guarded(
     load: Callable[[], Application], options: Options, listener: Listener, signals: Signals, kept: list[int]
 ) -> partial[bool]:
-    """Return the loaded service; meanwhile `on_loading_signal` handles the signals, also of PID 1; StartError.
-
-    A reload raises none: if the load fails although the check has passed, the program is started again. If the module
-    takes longer than `bound_loading` says, the process ends with status 1; each warm-up then has a deadline of its own.
-    """
+    """Return the loaded service, while `on_loading_signal` handles signals; StartError, but a reload is tried again."""
     signals.act = partial(on_loading_signal, signals, listener, bool(kept))
     signals.catch(*(SIGNALS if kept else SIGNALS[1:]))  # SIGINT ends a first load by KeyboardInterrupt
-    signal.alarm(int(bound_loading(options)) if kept else LOADING_IS_SLOW)
+    signal.alarm(int(bound_loading(options)) if kept else LOADING_IS_SLOW)  # until a warm-up sets its own deadline
     try:
         return load_service(load, options)
     except StartError as reason:
         if not kept:
             raise
-        log("the reload fails and is tried again: %s" % reason)
+        log("the reload fails and is tried again: %s" % reason)  # although the check has passed
     finally:
         signal.alarm(0)
     time.sleep(TICK)
