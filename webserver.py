@@ -1815,8 +1815,7 @@ class Signals:
     The handler notes the number, a byte in the mailbox ends the sleep, and the parent's loop acts. In a child, or while
     the application loads, `Child.on_signal` or `on_loading_signal` acts at once. WARNING: CPython forgets signals that
     come to a child between fork(2) and the return of os.fork(). The server's children lose nothing: their orders are on
-    the scoreboard. But an application may terminate a process that it has just forked: so the thread that forks blocks
-    signals until os.fork() returns. While the parent serves, it forks only for the server: nothing is blocked then.
+    the scoreboard. But an application may terminate a process that it has just forked: so `block` delays signals.
     """
 
     def __init__(self, wakeup: socket.socket) -> None:
