@@ -3138,8 +3138,7 @@ def find_application(module: Any, path: str) -> Any:
 
 def check_application(application: Application, name: str) -> Application:
     """Return the object if it can be called as PEP 3333 demands; else StartError says what to do."""
-    code = getattr(find_function(application), "__code__", None)
-    if code and code.co_flags & IS_ASYNC:
+    if (code := getattr(find_function(application), "__code__", None)) and code.co_flags & IS_ASYNC:
         raise StartError("%s is an ASGI application: it needs an ASGI server, such as uvicorn; this speaks WSGI" % name)
     is_class = isinstance(application, type) and not hasattr(application, "__iter__")  # else a call makes a response
     if is_class or not accepts(application, 2):
