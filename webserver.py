@@ -2778,11 +2778,10 @@ def open_standard_files() -> None:
 def become_child() -> None:
     """Drop the parent's exit handlers in a new child, and set a child's limits and OOM score."""
     atexit._clear()  # exit handlers are for the process that has registered them; no public function clears them
-    weakref = sys.modules.get("weakref")
-    if weakref and weakref.finalize._registered_with_atexit:  # finalizers likewise; the next one registers anew
+    if (weakref := sys.modules.get("weakref")) and weakref.finalize._registered_with_atexit:  # finalizers likewise
         for finalizer in list(weakref.finalize._registry):
             finalizer.atexit = False
-        weakref.finalize._registered_with_atexit = False
+        weakref.finalize._registered_with_atexit = False  # the next one registers anew
     for name in LIMITS:
         set_limit(name)
     try:  # the OOM killer takes the largest process, the parent: 500 adds half of all memory to a child (proc(5))
