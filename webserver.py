@@ -434,7 +434,7 @@ def is_worth_reading(data: bytes, checked: int) -> bool:
 
 @lru_cache(maxsize=64)
 def parse_head(head: bytes) -> tuple[Request, Environ]:
-    """Return the request in a head, and its part of the environ. A head that repeats costs one look-up."""
+    """Return the request in a head, and its part of the environ."""
     require(len(head) <= MAX_HEAD, 431, "too large a head")
     start = 2 if head.startswith(b"\r\n") else 0  # one empty line before a request-line is tolerated (RFC 9112 §2.2)
     line, *lines = head[start:-4].split(b"\r\n")
