@@ -2960,16 +2960,16 @@ def warm_up(application: Application, options: Options, target: str) -> None:
     sock: Any = WarmUpSocket(REHEARSAL % target.encode())
     with limit_time(options.timeout, "the warm-up"):
         serve_connection(application, options._replace(access_log="off"), sock, ("127.0.0.1", 0), Slot(Scoreboard(1)))
-    took = time.monotonic() - began
+    ended = time.monotonic()
     if sock.has_failed or sock.status >= 500:
         reason = "its status is %d, and a traceback, if there is one, stands above" % sock.status
         raise StartError("GET %s has failed while warming up: %s" % (target, reason))
     while left := sorted(find_opened() - before):
-        if time.monotonic() > began + took + TICK:
+        if time.monotonic() > ended + TICK:
             raise StartError("GET %s %s, or warm up another path" % (target, left[0][1]))
         gc.collect()
         time.sleep(TICK / 20)  # a thread may need a moment to end
-    log("warmed up: GET %s %d in %d ms" % (target, sock.status, took * 1000))
+    log("warmed up: GET %s %d in %d ms" % (target, sock.status, (ended - began) * 1000))
 
 
 class WarmUpSocket:
