@@ -765,8 +765,7 @@ class Response:
     )  # fmt: skip
 
     def __init__(self, stream: Stream, request: Request, is_closing: bool) -> None:
-        self.stream, self.request = stream, request
-        self.is_closing = is_closing  # the connection ends with this response
+        self.stream, self.request, self.is_closing = stream, request, is_closing
         self.body: Body | None = None  # of the request
         self.head: ResponseHead | None = None  # what start_response was told
         self.framing: Framing | None = None  # None until the head is sent
