@@ -1566,8 +1566,7 @@ class Child:
                 log_throttled("cannot give a connection at rest back: %s" % error.strerror)
                 self.slot.mark_waiting(False)
                 return False
-            # Else the parent is dead: the connection ends here.
-        sock.close()
+        sock.close()  # it lives on in the parent; if that is dead, it ends here
         return True
 
     def on_signal(self, signum: int) -> None:
