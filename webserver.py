@@ -2222,6 +2222,7 @@ def serve_alone(child: Child, reactor: Reactor, signals: Signals) -> None:
     log("stopping")
     while reactor.close_longest_at_rest():
         pass
+    reactor.ready.clear()
 
 
 # ---- Part three: what production adds ---------------------------------------
