@@ -2629,7 +2629,7 @@ def test_logs_the_longest_request_by_one_write_and_legibly(tcp: None, style: str
 
 
 def test_names_a_field_that_is_dropped_once_in_a_while(log: Any) -> None:
-    webserver.LAST_LOGGED.clear()
+    webserver.LAST_LOGGED[:] = memoryview(bytes(webserver.LAST_LOGGED.nbytes)).cast("d")
     webserver.parse_head.cache_clear()
     for value in (b"1", b"2"):
         ask(get(b"X_Real_IP: " + value), hello)
@@ -4800,6 +4800,16 @@ def test_the_deadlines_hold_over_tls(tmp_path: Any, certificates: str, data: str
         answers = parse_answers(receive_all(client))
         assert [answer.status for answer in answers] == ([status] if status else [])
         assert time.monotonic() - began < 4 + SLACK
+
+
+@needs_openssl
+def test_a_trouble_is_logged_once_in_a_while_whichever_process_has_it(tmp_path: Any, certificates: str) -> None:
+    with Running(tmp_path, "--certfile", certificates + "/server.both", app=RUNS_QUERY) as server:
+        for _ in range(4):
+            with server.connect() as client:
+                client.sendall(b"\x16\3\1\0\2ab")
+                receive_all(client)
+        assert server.errors().count("handshake has failed") == 1
 
 
 @needs_openssl

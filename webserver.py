@@ -566,6 +566,7 @@ class Body(io.RawIOBase):
         self.limit = limit - self.remaining  # bytes that further chunks may hold
         self.awaits_continue = request.expects_continue  # until the body is read or the response begins
         self.collected = memoryview(b"")  # the beginning of a chunked body that is too large to be buffered whole
+        self.untouched = 0  # its length before the application has read any of it
         self.failure: tuple[int, str] | None = None  # not the exception, whose frames refer to this body
         self.extensions = 0  # bytes of chunk extensions so far
         self.is_behind_chunk = False  # the CRLF that ends the chunk in hand is still to come
@@ -631,11 +632,12 @@ class Body(io.RawIOBase):
         if was_chunked and not self.has_more_chunks:
             environ["wsgi.input"], environ["CONTENT_LENGTH"] = io.BytesIO(content), str(len(content))
             return
-        environ["wsgi.input"], self.collected = io.BufferedReader(self, RECEIVE_SIZE), memoryview(content)
+        environ["wsgi.input"] = io.BufferedReader(self, RECEIVE_SIZE)
+        self.collected, self.untouched = memoryview(content), len(content)
 
     def check_use(self) -> None:
         """Log advice if the application has ended and has read nothing of a streamed chunked body."""
-        if len(self.collected) > self.buffered:  # all that was collected is still here
+        if self.untouched and self.untouched == len(self.collected):
             size = "a chunked body of more than %d bytes" % self.buffered
             log_throttled("the application has read nothing of %s: raise --buffer-chunked for it" % size)
 
@@ -1029,7 +1031,7 @@ def recover(response: Response, error: BaseException) -> str:
 MAX_LOGGED = (2000, 600, 60)  # characters of each text in an access log line: the first that lets the line fit PIPE_BUF
 MAX_TRACEBACK = 16384  # characters; a longer one loses its middle
 QUIET = 60.0  # seconds between two log lines about the same trouble
-LAST_LOGGED: dict[str, float] = {}  # when log_throttled has logged a text, by time.monotonic
+LAST_LOGGED = memoryview(mmap.mmap(-1, 8192)).cast("d")  # by the hash of a text: when a process has logged it
 UNSAFE = re.compile(r"[^ !#-\[\]-~]")  # not visible ASCII, or a quote, or a backslash
 COMBINED = '%(client)s - - [%(time)s] "%(request)s" %(status)d %(bytes)d "%(referer)s" "%(user_agent)s" %(seconds).6f'
 
@@ -1091,10 +1093,10 @@ def log(text: str) -> None:
 
 
 def log_throttled(text: str) -> None:
-    """Log a trouble that may last, at most once in QUIET seconds by this process."""
-    now = time.monotonic()
-    if now - LAST_LOGGED.get(text, -QUIET) >= QUIET:
-        LAST_LOGGED[text] = now
+    """Log a trouble that may last, at most once in QUIET seconds, whichever process has it."""
+    now, key = time.monotonic(), hash(text) % len(LAST_LOGGED)
+    if not LAST_LOGGED[key] or now - LAST_LOGGED[key] >= QUIET:
+        LAST_LOGGED[key] = now
         log(text)
 
 
@@ -2333,9 +2335,10 @@ class Reload:
                 carried.send(BACK + b"\n".join(memos), *fds)
             except OSError as error:  # over 70,000 connections, or more than the user may have in messages (unix(7))
                 log("connections at rest are lost in the reload: %s" % error.strerror)
-        end_application()  # execve(2) runs no exit handler: what the old code has started would go on
         sockets = self.reactor.listener.sock, mailbox.receiver, mailbox.sender, carried.receiver, carried.sender
-        replace_program([board.fd, *(sock.fileno() for sock in sockets)])
+        become_new = partial(replace_program, [board.fd, *(sock.fileno() for sock in sockets)])
+        end_application(become_new)  # execve(2) runs no exit handler: what the old code has started would go on
+        become_new()
 
 
 def bound_loading(options: Options) -> float:
@@ -2840,6 +2843,11 @@ def set_limit(name: str) -> None:
 def run_exit_handlers() -> None:
     """Run the handlers of atexit and weakref.finalize (temporary folders); end daemon processes of multiprocessing."""
     try:
+        if pools := sys.modules.get("concurrent.futures.process"):
+            pools._python_exit()  # CPython calls it first: else `multiprocessing` would wait for processes at work
+    except (Exception, Overdue):
+        pass  # a pool is broken, or at work for too long
+    try:
         atexit._run_exitfuncs()
     except (Exception, SystemExit):
         pass  # atexit has printed the traceback
@@ -2853,31 +2861,29 @@ def run_exit_handlers() -> None:
                 process.join()
 
 
-def end_application() -> None:
-    """Run the exit handlers, for EXIT_TIMEOUT at most, and flush the output, in the process that was started."""
-    with suppress(Overdue), limit_time(EXIT_TIMEOUT, "an exit handler"):
-        if pools := sys.modules.get("concurrent.futures.process"):
-            pools._python_exit()  # CPython calls it first: else `multiprocessing` would wait for processes at work
+def end_application(give_up: Callable[[], NoReturn]) -> None:
+    """Run the exit handlers, for EXIT_TIMEOUT, and flush the output, in the process that was started."""
+    with suppress(Overdue), limit_time(EXIT_TIMEOUT, "an exit handler", give_up):
         run_exit_handlers()
     flush_output()
 
 
 def exit_without_threads(status: int) -> NoReturn:
     """End the process that was started, without a wait for the threads of the application, which may run for ever."""
-    end_application()
+    end_application(partial(os._exit, status))
     os._exit(status)
 
 
 @contextmanager
-def limit_time(seconds: float, what: str) -> Iterator[None]:
-    """Raise Overdue in the block after these seconds, and in each TICK from then on; after KILL_AFTER, exit with 1."""
+def limit_time(seconds: float, what: str, give_up: Callable[[], NoReturn]) -> Iterator[None]:
+    """Raise Overdue in the block after these seconds, and in each TICK from then on; after KILL_AFTER, give up."""
     deadline = time.monotonic() + seconds + KILL_AFTER
 
     def interrupt(*_: Any) -> None:
         if time.monotonic() < deadline:
             raise Overdue
         write_line(2, "webserver.py: %s takes too long and cannot be interrupted" % what)
-        os._exit(1)
+        give_up()
 
     former = signal.signal(signal.SIGALRM, interrupt)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
@@ -2957,7 +2963,7 @@ def warm_up(application: Application, options: Options, target: str) -> None:
     """Serve a GET of this path or URL to ourselves; StartError if it fails or leaves something open."""
     before, began = find_opened(), time.monotonic()
     sock: Any = WarmUpSocket(REHEARSAL % target.encode())
-    with limit_time(options.timeout, "the warm-up"):
+    with limit_time(options.timeout, "the warm-up", partial(os._exit, 1)):
         serve_connection(application, options._replace(access_log="off"), sock, ("127.0.0.1", 0), Slot(Scoreboard(1)))
     ended = time.monotonic()
     if sock.has_failed or sock.status >= 500:
