@@ -4807,7 +4807,7 @@ def test_a_trouble_is_logged_once_in_a_while_whichever_process_has_it(tmp_path: 
     with Running(tmp_path, "--certfile", certificates + "/server.both", app=RUNS_QUERY) as server:
         for _ in range(4):
             with server.connect() as client:
-                client.sendall(b"\x16\3\1\0\2ab")
+                client.sendall(b"\x16" + 20 * b"x")
                 receive_all(client)
         assert server.errors().count("handshake has failed") == 1
 
