@@ -1515,12 +1515,12 @@ class Child:
             rehearse(1)
         self.left = self.connections
         while taken := self.receive_connection():
-            is_told = self.serve(*taken)  # the parent has a message
+            is_given_back = self.serve(*taken)
             self.left -= 1
             if self.left == 0 or self.slot.must_leave(time.monotonic()):
                 break
             self.slot.mark_waiting(True)
-            if not is_told and self.slot.is_told(PRESSED):  # the parent has a request for this child, and sleeps
+            if self.slot.is_told(PRESSED) and not is_given_back:  # the parent has a request for this child, and sleeps
                 with suppress(OSError):  # the mailbox is full: the parent is awake
                     self.mailbox.send(b"free")
         self.slot.mark_waiting(False)  # else `record_exit` would take this for a child that died unused
