@@ -5966,7 +5966,6 @@ MISTAKES = [  # the words, the exit status, what the one line on stderr must hol
     ("good:", (1, 2), ["good"]),
     (":app", (1, 2), [":app"]),
     ("-b 127.0.0.1:TAKEN good", 1, ["in use", "TAKEN"]),
-    ("-b unix:good.py good", 1, ["in use", "good.py", "a file has that path"]),
     ("-b 127.0.0.1:99999 good", (1, 2), ["99999"]),
     ("-b 127.0.0.1:http good", (1, 2), ["http"]),
     ("-b 127.0.0.1 good", (1, 2), ["127.0.0.1"]),
@@ -5976,7 +5975,7 @@ MISTAKES = [  # the words, the exit status, what the one line on stderr must hol
     ("-b unix:no/such/folder/s good", 1, ["no/such/folder", "create its folder"]),
     ("-b unix: good", (1, 2), ["unix:"]),
     ("-b unix:%s good" % ("x" * 200), 1, ["unix:xxx", "too long"]),
-    ("-b unix:good.py good", 1, ["good.py"]),  # a file that is no socket stays
+    ("-b unix:good.py good", 1, ["in use", "good.py", "a file has that path"]),  # a file that is no socket stays
     ("-b fd:77 good", 1, ["77"]),
     ("-b fd:x good", (1, 2), ["fd:"]),
     ("-b fd:0 good", 1, ["0"]),

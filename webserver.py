@@ -789,12 +789,10 @@ class Response:
                 return
             framing = self.frame(len(block) if is_last else None)
             before = framing.head
-        size, room = len(block), framing.length - self.sent
-        if size > room:
-            if not self.drops_blocks:
-                self.drops_blocks = True
-                log("the body is longer than its Content-Length of %d: cut there" % framing.length)
-            block, size = block[: int(room)], int(room)
+        room = framing.length - self.sent
+        if len(block) > room:
+            block = self.cut(block, int(room))
+        size = len(block)
         if framing.is_chunked:
             if block:
                 before, behind = before + b"%x\r\n" % size, b"\r\n"
@@ -817,6 +815,13 @@ class Response:
                 raise ValueError("the body has %d bytes, its Content-Length is %d" % (self.sent, framing.length))
         elif block:
             self.stream.slot.mark_progress()
+
+    def cut(self, block: bytes, room: int) -> bytes:
+        """Return what of a block has room; log the first surplus (PEP 3333, "Handling the Content-Length Header")."""
+        if not self.drops_blocks:
+            self.drops_blocks = True
+            log("the body is longer than its Content-Length of %d: cut there" % (self.sent + room))
+        return block[:room]
 
     def send_file(self, file: Any) -> bool:
         """Send a regular file in large blocks; return False, with nothing sent, if its descriptor cannot be used."""
@@ -1984,16 +1989,11 @@ class Parent:
         self.told: dict[int, tuple[float, float]] = {}  # by slot: the `since` that was interrupted, and when
         self.totals: dict[str, float] = {"forks": 0, "reaped": 0, "crashes": 0, "timeouts": 0}
         self.totals.update({"requests": -sum(self.board.requests), "ms of processor": -count_processor()})
-        for pid in [*self.board.children]:  # old children, which the application may have reaped while it loaded
-            try:
-                ended = os.waitpid(pid, os.WNOHANG)
-            except ChildProcessError:
-                ended = pid, 0
-            if ended[0]:
-                self.record_exit(*ended)
 
     def run(self) -> None:
         """Serve until the server is stopped and the last child is reaped."""
+        for ended in find_ended([*self.board.children]):  # after a reload
+            self.record_exit(*ended)
         while not self.is_over:
             now, spare = time.monotonic(), self.queue.count_spare()
             # Step 1: put requests into the queue, one for each child that is spare or may be forked.
@@ -2117,6 +2117,17 @@ class Parent:
             self.board.order(STOPPING, True)
             self.reload.cancel()
         self.tick_at = 0.0
+
+
+def find_ended(pids: list[int]) -> Iterator[tuple[int, int]]:
+    """Yield the pid and the wait status of each child that has ended, 0 if the application reaped it in its load."""
+    for pid in pids:
+        try:
+            ended = os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:
+            ended = pid, 0
+        if ended[0]:
+            yield ended
 
 
 def give_up(child: Child, reactor: Reactor, signals: Signals) -> None:
