@@ -2780,8 +2780,6 @@ def test_leaves_the_socket_file_of_a_successor_alone_even_if_it_has_the_same_ino
 def test_a_unix_socket_has_the_mode_that_was_asked_for(tmp_path: Any, mode: str) -> None:
     with Running(tmp_path, "--socket-mode", mode, bind="unix:socket", app=RUNS_QUERY):
         assert os.stat(str(tmp_path / "socket")).st_mode & 0o777 == int(mode, 8)
-    ended = run_command(tmp_path, "--check", "--socket-mode", "rw")
-    assert ended.returncode == 2 and "--socket-mode is 'rw'" in ended.stderr
 
 
 @pytest.mark.parametrize("listening", [True, False])
@@ -5100,14 +5098,6 @@ def test_believes_only_whom_the_list_names(trusted: str, peer: str, is_believed:
     assert len(kept) == (3 if is_believed or not trusted else 0)
 
 
-@pytest.mark.parametrize("list_", [
-    "10.0.0.1/40", "localhost", "10.0.0", "unix:/x", "!10.0.0.1", "10.0.0.1-10.0.0.9", "::ffff:10.0.0.0/104",
-])  # fmt: skip
-def test_a_list_of_proxies_that_is_wrong_is_one_clear_sentence(modules: str, list_: str) -> None:
-    ended = run_command(modules, "--check", "--forwarded-allow-ips", list_, "good")
-    assert ended.returncode == 2 and "--forwarded-allow-ips" in ended.stderr and ended.stderr.count("\n") == 1
-
-
 def test_each_request_of_a_connection_has_a_client_of_its_own_also_in_the_log(tmp_path: Any) -> None:
     code = "answer = environ['REMOTE_ADDR']"
     with Running(tmp_path, app=RUNS_QUERY, FORWARDED_ALLOW_IPS="127.0.0.1") as server, server.connect() as client:
@@ -5197,8 +5187,6 @@ def test_the_proxy_protocol_is_refused_from_others_and_named_without_the_option(
                     client.sendall(data + get(b"Connection: close"))
                     answer = receive_answer(client)
                     assert answer.status == 400 and b"--proxy-protocol" in answer.body
-    ended = run_command(tmp_path, "--check", "--proxy-protocol")
-    assert ended.returncode == 2 and "--forwarded-allow-ips" in ended.stderr
 
 
 def test_a_proxy_header_counts_for_its_connection_without_forks_too(tmp_path: Any) -> None:
@@ -5254,8 +5242,6 @@ def test_mounts_the_application_under_a_path(tmp_path: Any) -> None:
         for path in ("/", "/apple", "/other/app"):
             answer = server.get(make_target("open('called', 'w')", path))
             assert answer.status == 404 and not (tmp_path / "called").exists()
-    ended = run_command(tmp_path, "--check", "--script-name", "app")
-    assert ended.returncode == 2 and "--script-name is 'app'" in ended.stderr
 
 
 # Real proxies and clients
@@ -5653,13 +5639,6 @@ def test_advises_root_to_give_it_up(tmp_path: Any) -> None:
         assert len([line for line in server.errors().splitlines() if "--user" in line]) == 1
 
 
-@pytest.mark.parametrize("name", ["no-such-user", "nobody:no-such-group"])
-def test_an_unknown_user_is_one_clear_sentence(tmp_path: Any, name: str) -> None:
-    write_file(tmp_path / "app.py", RUNS_QUERY)
-    ended = run_command(tmp_path, "-b", "127.0.0.1:%d" % free_port(), "--user=" + name, "app")
-    assert ended.returncode in (1, 2) and ended.stderr.count("\n") == 1 and name in ended.stderr
-
-
 @as_root
 def test_nobody_but_root_can_become_another(public: Any) -> None:
     folder, argv = public
@@ -5980,16 +5959,14 @@ MISTAKES = [  # the words, the exit status, what the one line on stderr must hol
     ("--warm-up login good", 2, ["--warm-up is 'login'", "/login"]),
     ("--warm-up /a#b good", 2, ["--warm-up is"]),
     ("-D", 2, ["service manager"]),
-    ("-D good", 2, ["service manager"]),
     ("--check -b 99999 good", 2, ["'99999'", "HOST:PORT"]),
-    ("--check --timeout 0 good", 2, ["timeout"]),
+    ("--check -t 0 good", 2, ["timeout"]),
     ("--daemon good", 2, ["service manager"]),
     ("-c 0 good", 2, ["max-children"]),
     ("-c 99999999999 good", 2, ["max-children", "65536"]),
     ("-c x good", 2, ["x"]),
     ("-t -1 good", 2, ["timeout"]),
     ("-t nan good", 2, ["nan"]),
-    ("-t 0 good", 2, ["timeout"]),
     ("--keep-alive 1e9 good", 2, ["keep-alive"]),
     ("--keep-alive 1000000000 good", 2, ["keep-alive"]),
     ("--graceful-timeout %s good" % ("9" * 400), 2, ["graceful-timeout"]),
@@ -5997,7 +5974,15 @@ MISTAKES = [  # the words, the exit status, what the one line on stderr must hol
     ("--connections-per-child 99999999999 good", 2, ["connections-per-child"]),
     ("--access-log loud good", 2, ["loud", "combined", "json", "off"]),
     ("good extra", 2, ["extra"]),
-]
+    ("--socket-mode rw good", 2, ["--socket-mode is 'rw'"]),
+    ("--script-name app good", 2, ["--script-name is 'app'"]),
+    ("--user=no-such-user good", (1, 2), ["no-such-user"]),
+    ("--user=nobody:no-such-group good", (1, 2), ["nobody:no-such-group"]),
+    ("--proxy-protocol good", 2, ["--forwarded-allow-ips"]),
+    *(("--forwarded-allow-ips %s good" % words, 2, ["--forwarded-allow-ips"]) for words in (
+        "10.0.0.1/40", "localhost", "10.0.0", "unix:/x", "!10.0.0.1", "10.0.0.1-10.0.0.9", "::ffff:10.0.0.0/104",
+    )),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("words, status, holds", MISTAKES, ids=[row[0][:60] for row in MISTAKES])
