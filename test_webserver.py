@@ -544,6 +544,12 @@ def log() -> Iterator[Callable[[int], list[str]]]:
 
 
 @pytest.fixture
+def quick(monkeypatch: Any) -> None:
+    """A server in this process looks at its deadlines ten times as often."""
+    monkeypatch.setattr(webserver, "ONE_SECOND", struct.pack("@ll", 0, 100_000))
+
+
+@pytest.fixture
 def tcp(monkeypatch: Any) -> list[Any]:
     """Connects the harness's client and server by TCP: a reset is not to be seen on a Unix socket. The addresses."""
     addresses = []
@@ -1382,7 +1388,7 @@ STALLS = [
 ]  # fmt: skip
 
 
-def test_answers_408_wherever_a_request_stalls() -> None:
+def test_answers_408_wherever_a_request_stalls(quick: None) -> None:
     """RFC 9110 §15.5.9: in the request-line, the fields, the body, a trailer; alone or behind another."""
     with contextlib.ExitStack() as stack:
         stalled = []
@@ -1416,14 +1422,14 @@ def test_answers_408_also_when_the_next_byte_is_always_there(monkeypatch: Any) -
     check_refused(serve(get(b"X: " + b"a" * 8000) + NEXT, 1), 408)
 
 
-def test_does_not_cut_a_body_that_makes_progress() -> None:
+def test_does_not_cut_a_body_that_makes_progress(quick: None) -> None:
     """The deadline counts time without progress."""
     with connected(echo, timeout=0.8) as client:
-        client.sendall(post(b"Content-Length: 5", CLOSE, body=b""))
-        for octet in b"abcde":
+        client.sendall(post(b"Content-Length: 6", CLOSE, body=b""))
+        for octet in b"abcdef":
+            time.sleep(0.15)  # longer than the server waits until it looks at the deadline
             client.sendall(bytes([octet]))
-            time.sleep(0.2)
-        assert [answer.body for answer in parse_answers(receive_all(client))] == [b"POST / abcde"]
+        assert [answer.body for answer in parse_answers(receive_all(client))] == [b"POST / abcdef"]
 
 
 @pytest.mark.parametrize("fields", [(b"Content-Length: 4000000",), (b"Transfer-Encoding: chunked",)])
@@ -1446,7 +1452,7 @@ def test_lingers_also_while_another_request_waits_for_a_fork() -> None:
             client.sendall(b"x" * 1000)  # BrokenPipeError if the server has closed
 
 
-def test_leaves_a_refused_client_that_never_closes() -> None:
+def test_leaves_a_refused_client_that_never_closes(quick: None) -> None:
     """The lingering is bounded; and the client has its answer, and the end of it, before."""
     with connected(echo, timeout=10) as client:
         client.sendall(b"\0")
@@ -1545,11 +1551,11 @@ def test_drains_an_unread_body_up_to_a_bound() -> None:
             assert (served.answers[0].get("Connection") == "close") == (paths == ["/"]), "9112 §9.6: the last says so"
 
 
-def test_half_of_an_empty_line_before_a_request_is_not_taken_for_rest() -> None:
+def test_half_of_an_empty_line_before_a_request_is_not_taken_for_rest(quick: None) -> None:
     with connected(hello) as client:
         client.sendall(GET + b"\r")
         read_answer(client)
-        assert not select.select([client], [], [], 1.5 * webserver.TICK)[0], "neither an answer nor the end"
+        assert not select.select([client], [], [], 0.3)[0], "neither an answer nor the end"
         client.sendall(b"\n" + get(CLOSE))
         assert receive_answer(client).status == 200
 
@@ -2153,7 +2159,7 @@ def test_closes_the_iterable_exactly_once(asked: bytes, steps: list[Any], tracke
 
 @pytest.mark.parametrize("kind", ["stream", "file", "write"])
 @pytest.mark.parametrize("manner", ["leaves at once", "leaves in the middle", "does not read"])
-def test_ends_the_response_to_a_client_that(manner: str, kind: str, tmp_path: Any, log: Any) -> None:
+def test_ends_the_response_to_a_client_that(manner: str, kind: str, tmp_path: Any, log: Any, quick: None) -> None:
     (tmp_path / "data").write_bytes(DATA * 12)
     file, tracked, written = open_file(str(tmp_path / "data"), "rb"), Tracked(*[DATA] * 12), []
 
@@ -2183,7 +2189,9 @@ def test_ends_the_response_to_a_client_that(manner: str, kind: str, tmp_path: An
 
 
 @pytest.mark.parametrize("asked, rest", [(GET + NEXT, [b"END"]), (OLD, [])], ids=["1.1, more", "1.0, no more"])
-def test_sends_nothing_behind_a_gap_that_the_application_ignores(tcp: None, asked: bytes, rest: Any, log: Any) -> None:
+def test_sends_nothing_behind_a_gap_that_the_application_ignores(
+    tcp: None, quick: None, asked: bytes, rest: Any, log: Any
+) -> None:
     is_caught = threading.Event()
 
     def application(environ: Any, start_response: Any) -> Any:
@@ -2455,8 +2463,8 @@ def test_serves_http_client(tcp: None) -> None:
             assert response.read() == expected and not response.will_close
 
 
-def test_gives_back_a_connection_that_is_at_rest() -> None:
-    """Silent for a second, before a first byte or between two requests; what comes then is read by the next process."""
+def test_gives_back_a_connection_that_is_at_rest(quick: None) -> None:
+    """Silent for a while, before a first byte or between two requests; what comes then is read by the next process."""
     assert serve(b"") == Served([], [], [], [])
     client, server = socket.socketpair()
     with client, server:
