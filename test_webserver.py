@@ -2618,12 +2618,11 @@ def test_logs_the_longest_request_by_one_write_and_legibly(tcp: None, style: str
     assert read_log(style, data[:-1].decode("ascii"))["status"] == 200  # its texts may be cut, its facts not
 
 
-def test_names_a_field_that_is_dropped_once_in_a_while(log: Any) -> None:
-    webserver.LAST_LOGGED[:] = memoryview(bytes(webserver.LAST_LOGGED.nbytes)).cast("d")
-    webserver.parse_head.cache_clear()
-    for value in (b"1", b"2"):
-        ask(get(b"X_Real_IP: " + value), hello)
-    assert len(log(2)) == 1 and "underscore" in log(2)[0]
+def test_names_a_field_that_is_dropped_once_in_a_while_whichever_process_drops_it(shared: Running) -> None:
+    for _ in range(3):
+        with shared.send("", b"X_Real_IP: 192.0.2.1", CLOSE) as client:
+            assert receive_answer(client).status == 200
+    assert shared.errors().count("an underscore") == 1
 
 
 def test_names_tls_and_http_2_in_the_log() -> None:
@@ -2696,11 +2695,11 @@ def test_an_untouched_chunked_body_is_told_with_what_to_do(tmp_path: Any, field:
         assert "more than 1024 bytes: raise --buffer-chunked" in server.wait_for_log("read nothing")
 
 
-def test_the_request_line_is_known_also_behind_an_empty_line(tmp_path: Any) -> None:
-    with Running(tmp_path, app=RUNS_QUERY) as server, server.connect() as client:
-        client.sendall(b"\r\n" + get(target=make_target("os.abort()", "/crash").encode()))
+def test_the_request_line_is_known_also_behind_an_empty_line(shared: Running) -> None:
+    with shared.connect() as client:
+        client.sendall(b"\r\n" + get(target=make_target("os.abort()", "/behind").encode()))
         assert receive_all(client) == b""
-        assert "GET /crash" in server.wait_for_log("SIGABRT")
+    assert shared.wait_for_log('SIGABRT.*"GET /behind')
 
 
 def test_what_an_application_prints_appears_once(shared: Running) -> None:
@@ -2923,7 +2922,7 @@ def test_random_numbers_do_not_repeat_between_children(shared: Running) -> None:
 
 # What an application may do with processes, threads and signals
 
-SYSTEM = [  # what an application may do with processes, threads and signals; the answer must be "True"
+SYSTEM = [  # the answer must be "True"
     ("subprocess", "import subprocess as s; answer = s.run(['sh', '-c', 'exit 7']).returncode == 7"),
     ("subprocess-many", "import subprocess as s; p = [s.Popen(['true']) for _ in range(5)]; "
      "answer = not any(x.wait() for x in p)"),
@@ -3528,6 +3527,7 @@ CRASHES = [  # what the application does, the status of the answer (None: the co
     ("abort", "os.abort()", None, "SIGABRT"),
     ("killed", "os.kill(os.getpid(), 9)", None, "SIGKILL"),
     ("terminated", "import signal; signal.signal(15, signal.SIG_DFL); os.kill(os.getpid(), 15)", None, "SIGTERM"),
+    ("nameless", "os.kill(os.getpid(), 40)", None, "died of signal 40"),
     ("_exit", "os._exit(3)", None, "exited with 3"),
     ("_exit-0", "os._exit(0)", None, "exited with 0"),
     ("exec", "os.execv('/bin/true', ['true'])", None, "exited with 0"),
@@ -3562,20 +3562,10 @@ def test_a_crash_touches_its_connection_only(shared: Running, name: str, code: s
         assert 'serving 127.0.0.1 "GET /crash-' + name in shared.wait_for_log(word + ".*crash-" + name)
 
 
-def test_a_segfault_prints_the_stack_of_python(tmp_path: Any) -> None:
-    with Running(tmp_path, app=RUNS_QUERY) as server:
-        with server.send("import ctypes\ndef read_nothing(): ctypes.string_at(0)\nread_nothing()") as client:
-            assert receive_all(client) == b""
-        server.wait_for_log("in read_nothing")
-        server.wait_for_log("SIGSEGV")
-
-
-def test_survives_that_a_child_dies_of_a_signal_without_a_name(tmp_path: Any) -> None:
-    with Running(tmp_path, app=RUNS_QUERY) as server:
-        with server.send("os.kill(os.getpid(), 40)") as client:
-            assert receive_all(client) == b""
-        server.run("")
-        assert server.wait_for_log("died.*40") and server.process.poll() is None
+def test_a_segfault_prints_the_stack_of_python(shared: Running) -> None:
+    with shared.send("import ctypes\ndef read_nothing(): ctypes.string_at(0)\nread_nothing()") as client:
+        assert receive_all(client) == b""
+    shared.wait_for_log("in read_nothing")
 
 
 def test_children_that_die_before_they_serve_are_no_fork_storm(tmp_path: Any) -> None:
@@ -4819,7 +4809,7 @@ def test_a_handshake_that_stops_has_the_deadline_of_a_head(tmp_path: Any, certif
 
 @needs_openssl
 def test_a_record_that_comes_byte_by_byte_has_the_deadline_of_its_head(tmp_path: Any, certificates: str) -> None:
-    words = "--timeout", "2", "--certfile", certificates + "/server.both"
+    words = "--timeout", "1", "--certfile", certificates + "/server.both"
     with Running(tmp_path, *words, app=RUNS_QUERY) as server, server.connect() as client:
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         context = ssl.create_default_context(cafile=certificates + "/ca.pem")
@@ -4838,7 +4828,8 @@ def test_a_record_that_comes_byte_by_byte_has_the_deadline_of_its_head(tmp_path:
                 client.sendall(bytes([byte]))
                 if select.select([client], [], [], 0.2)[0] and not client.recv(65536):
                     break
-        assert 1 < time.monotonic() - began < 4 + SLACK
+        assert 0.5 < time.monotonic() - began < 3 + SLACK
+        assert " 504 " not in server.output(), "the parent had to interrupt it"
 
 
 @needs_openssl
