@@ -445,7 +445,14 @@ SLOT = webserver.Slot(webserver.Scoreboard(1))
 READ_ALL = operator.methodcaller("read")
 
 
-def serve(data: bytes, *sizes: int, read: Callable[[Any], bytes] = READ_ALL, **options: Any) -> Served:
+def serve(
+    data: bytes,
+    *sizes: int,
+    read: Callable[[Any], bytes] = READ_ALL,
+    peer: Any = ("192.0.2.7", 4711),
+    deadline: float | None = None,
+    **options: Any,
+) -> Served:
     """Serve a connection whose client has sent all this and ended; no threads, nothing to wait for."""
     requests: list[dict[str, Any]] = []
 
@@ -461,11 +468,13 @@ def serve(data: bytes, *sizes: int, read: Callable[[Any], bytes] = READ_ALL, **o
     client.sendall(data)
     client.shutdown(socket.SHUT_WR)
     settings = webserver.Options(**{"access_log": "combined", **options})
+    transport = webserver.Transport(settings)
+    SLOT.memo = b""
     handler = signal.signal(signal.SIGALRM, raise_hang)
     signal.setitimer(signal.ITIMER_REAL, PATIENCE)
     with logged() as lines:
         try:
-            webserver.serve_connection(record, settings, end, ("192.0.2.7", 4711), SLOT)
+            webserver.serve_connection(transport.wrap(record), settings, end, peer, SLOT, deadline, transport)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, handler)
@@ -4970,25 +4979,11 @@ def test_a_tls_connection_at_rest_stays_with_its_child_and_gives_way(tmp_path: A
 # ---- 17. Proxies ------------------------------------------------------------
 
 
-def forward(trusted: str, *fields: str, peer: str = "127.0.0.1", **options: Any) -> Any:
+def forward(trusted: str, *fields: str, peer: str = "127.0.0.1") -> Any:
     """What an application is told of a request with these fields, or the status of the refusal."""
-    settings = webserver.Options(forwarded_allow_ips=trusted, access_log="off", **options)
-    seen: dict[str, Any] = {}
-
-    def application(environ: dict[str, Any], start_response: Any) -> list[bytes]:
-        seen.update(environ)
-        start_response("200 OK", [])
-        return []
-
-    wrapped = webserver.Transport(settings).wrap(application)
-    client, server = socket.socketpair()
-    with client:
-        head = "\r\n".join(["GET /x HTTP/1.1", "Host: a", "Connection: close", *fields, "", ""])
-        client.sendall(head.encode("latin-1"))
-        client.shutdown(socket.SHUT_WR)
-        webserver.serve_connection(wrapped, settings, server, (peer, 4711) if peer else "", SLOT)
-        status = int(client.recv(65536)[9:12])
-    return seen if status == 200 else status
+    asked = get(*(field.encode("latin-1") for field in fields), target=b"/x")
+    served = serve(asked, peer=(peer, 4711) if peer else "", forwarded_allow_ips=trusted)
+    return served.requests[0] if served.requests else served.answers[0].status
 
 
 @rows(
@@ -5021,7 +5016,7 @@ def forward(trusted: str, *fields: str, peer: str = "127.0.0.1", **options: Any)
     ("127.0.0.1", ["x-forwarded-for: 192.0.2.1", "X-FORWARDED-PROTO: https"],
      {"REMOTE_ADDR": "192.0.2.1", "wsgi.url_scheme": "https"}, "names in any case (RFC 9110 5.1)"),
     ("127.0.0.1", ["Forwarded: for=192.0.2.1;proto=https;host=b"],
-     {"REMOTE_ADDR": "127.0.0.1", "wsgi.url_scheme": "http", "HTTP_HOST": "a",
+     {"REMOTE_ADDR": "127.0.0.1", "wsgi.url_scheme": "http", "HTTP_HOST": "h",
       "HTTP_FORWARDED": "for=192.0.2.1;proto=https;host=b"}, "Forwarded passes and means nothing"),
     ("127.0.0.1,10.0.0.0/8", ["X-Forwarded-For: 192.0.2.1, , 10.0.0.1"], 400, "an empty hop that the walk reaches"),
     ("127.0.0.1", ["X-Forwarded-For:  , "], 400, "nothing but a comma"),
@@ -5054,8 +5049,8 @@ def forward(trusted: str, *fields: str, peer: str = "127.0.0.1", **options: Any)
      {"HTTP_HOST": "b:443", "SERVER_PORT": "443", "wsgi.url_scheme": "http"}, "http at the port of https"),
     ("127.0.0.1", ["X-Forwarded-Host: b:8080", "X-Forwarded-Port: 8080"],
      {"HTTP_HOST": "b:8080", "SERVER_PORT": "8080"}, "the same port twice"),
-    ("127.0.0.1", ["X-Forwarded-Port: 8443"], {"HTTP_HOST": "a:8443", "SERVER_PORT": "8443"}, "the port"),
-    ("127.0.0.1", ["X-Forwarded-Proto: https", "X-Forwarded-Port: 443"], {"HTTP_HOST": "a", "SERVER_PORT": "443"},
+    ("127.0.0.1", ["X-Forwarded-Port: 8443"], {"HTTP_HOST": "h:8443", "SERVER_PORT": "8443"}, "the port"),
+    ("127.0.0.1", ["X-Forwarded-Proto: https", "X-Forwarded-Port: 443"], {"HTTP_HOST": "h", "SERVER_PORT": "443"},
      "the port of the scheme"),
     ("127.0.0.1", ["X-Forwarded-Host: b:81", "X-Forwarded-Port: 82"], 400, "two ports"),
     ("127.0.0.1", ["X-Forwarded-Port: 70000"], 400, "a port out of range"),
@@ -5119,14 +5114,14 @@ V6 = socket.inet_pton(socket.AF_INET6, "2001:db8::1") * 2 + b"\x12\x67\0\x50"
     "header, expected",
     (b"PROXY TCP4 192.0.2.1 10.0.0.1 4711 80\r\n", "192.0.2.1 4711", "version 1, IPv4"),
     (b"PROXY TCP6 2001:db8::1 ::1 4711 80\r\n", "2001:db8::1 4711", "version 1, IPv6"),
-    (b"PROXY UNKNOWN\r\n", "127.0.0.1", "version 1, unknown"),
-    (b"PROXY UNKNOWN ff:: ff:: 1 2\r\n", "127.0.0.1", "version 1, unknown with addresses"),
+    (b"PROXY UNKNOWN\r\n", "127.0.0.1 1234", "version 1, unknown"),
+    (b"PROXY UNKNOWN ff:: ff:: 1 2\r\n", "127.0.0.1 1234", "version 1, unknown with addresses"),
     (SIGNATURE + b"\x21\x11\0\x0c" + V4, "192.0.2.1 4711", "version 2, IPv4"),
     (SIGNATURE + b"\x21\x11\0\x12" + V4 + b"\x04\0\x03abc", "192.0.2.1 4711", "version 2 with more behind"),
     (SIGNATURE + b"\x21\x21\0\x24" + V6, "2001:db8::1 4711", "version 2, IPv6"),
-    (SIGNATURE + b"\x21\x31\0\xd8" + b"/s".ljust(108, b"\0") * 2, "127.0.0.1", "version 2, a unix socket"),
-    (SIGNATURE + b"\x20\x00\0\0", "127.0.0.1", "version 2, LOCAL"),
-    (SIGNATURE + b"\x20\x11\0\x0c" + V4, "127.0.0.1", "version 2, LOCAL with an address"),
+    (SIGNATURE + b"\x21\x31\0\xd8" + b"/s".ljust(108, b"\0") * 2, "127.0.0.1 1234", "version 2, a unix socket"),
+    (SIGNATURE + b"\x20\x00\0\0", "127.0.0.1 1234", "version 2, LOCAL"),
+    (SIGNATURE + b"\x20\x11\0\x0c" + V4, "127.0.0.1 1234", "version 2, LOCAL with an address"),
     (b"", None, "none, from a peer that must send one"),
     (b"PROXY TCP4 192.0.2.1 10.0.0.1 4711\r\n", None, "a port is missing"),
     (b"PROXY TCP4 192.0.2.999 10.0.0.1 4711 80\n", None, "a bare LF"),
@@ -5142,39 +5137,14 @@ V6 = socket.inet_pton(socket.AF_INET6, "2001:db8::1") * 2 + b"\x12\x67\0\x50"
     (SIGNATURE + b"\x21\x11\0\x04" + V4[:4], None, "too short"),
     (SIGNATURE[:8] + b"GET / HTTP", None, "half a signature"),
 )  # fmt: skip
-@pytest.mark.parametrize("step, late", [(0, 5.0), (1, 5.0), (0, -1.0)], ids=["whole", "byte by byte", "has waited"])
-def test_reads_the_proxy_protocol(header: bytes, expected: str | None, step: int, late: float) -> None:
-    """What has come in time is read also after the deadline: it has waited for a process."""
-    options = webserver.Options(forwarded_allow_ips="127.0.0.1", proxy_protocol=True, access_log="off", timeout=5)
-    seen: list[str] = []
-
-    def application(environ: dict[str, Any], start_response: Any) -> list[bytes]:
-        seen.append((environ["REMOTE_ADDR"] + " " + environ["REMOTE_PORT"]).replace(" 1234", ""))
-        start_response("200 OK", [])
-        return []
-
-    client, server = socket.socketpair()
-    webserver.set_clock(server)
-    data = header + get(b"Connection: close")
-
-    def send() -> None:
-        with contextlib.suppress(OSError):
-            for at in range(0, len(data), step or len(data)):
-                client.sendall(data[at : at + (step or len(data))])
-            client.shutdown(socket.SHUT_WR)
-
-    thread = threading.Thread(target=send)
-    thread.start()
-    slot = webserver.Slot(webserver.Scoreboard(1))
-    transport = webserver.Transport(options)
-    if late < 0:
-        thread.join()
-    deadline = time.monotonic() + late
-    webserver.serve_connection(application, options, server, ("127.0.0.1", 1234), slot, deadline, transport)
-    status = int(client.recv(65536)[9:12])
-    client.close()
-    thread.join()
-    assert (status, seen) == ((200, [expected]) if expected else (400, []))
+def test_reads_the_proxy_protocol(header: bytes, expected: str | None) -> None:
+    """Whole, byte by byte, and also after the deadline what has come in time: it has waited for a process."""
+    options: dict[str, Any] = {"forwarded_allow_ips": "127.0.0.1", "proxy_protocol": True, "timeout": 5}
+    for sizes, deadline in ((), None), ((1,), None), ((), time.monotonic() - 1):
+        served = serve(header + get(CLOSE), *sizes, peer=("127.0.0.1", 1234), deadline=deadline, **options)
+        seen = [request["REMOTE_ADDR"] + " " + request["REMOTE_PORT"] for request in served.requests]
+        assert seen == ([expected] if expected else [])
+        assert [answer.status for answer in served.answers] == [200 if expected else 400]
 
 
 def test_the_proxy_protocol_is_refused_from_others_and_named_without_the_option(tmp_path: Any) -> None:
