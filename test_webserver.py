@@ -434,14 +434,23 @@ class Trickle(socket.socket):
         return super().recv_into(buffer, self._next(asked or len(buffer)), flags)
 
 
-def raise_hang(signum: int, frame: Any) -> None:
-    """What a server that does not come back is woken with."""
-    raise TimeoutError("the server hangs")
+@contextlib.contextmanager
+def bounded() -> Iterator[None]:
+    """Interrupt a server that does not come back."""
+
+    def interrupt(*_: Any) -> None:
+        raise TimeoutError("the server hangs")
+
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
 
 
 SLOT = webserver.Slot(webserver.Scoreboard(1))
-
-
 READ_ALL = operator.methodcaller("read")
 
 
@@ -470,14 +479,8 @@ def serve(
     settings = webserver.Options(**{"access_log": "combined", **options})
     transport = webserver.Transport(settings)
     SLOT.memo = b""
-    handler = signal.signal(signal.SIGALRM, raise_hang)
-    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
-    with logged() as lines:
-        try:
-            webserver.serve_connection(transport.wrap(record), settings, end, peer, SLOT, deadline, transport)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, handler)
+    with logged() as lines, bounded():
+        webserver.serve_connection(transport.wrap(record), settings, end, peer, SLOT, deadline, transport)
     with client:
         methods = [request["REQUEST_METHOD"] for request in requests]
         answers = [answer for answer in parse_answers(receive_all(client), *methods) if answer.status >= 200]
@@ -2476,12 +2479,13 @@ def test_gives_back_a_connection_that_is_at_rest(quick: None) -> None:
     """Silent for a while, before a first byte or between two requests; what comes then is read by the next process."""
     assert serve(b"") == Served([], [], [], [])
     client, server = socket.socketpair()
-    with client, server:
+    settings = webserver.Options(access_log="off")
+    with client, server, bounded():
         webserver.set_clock(server)
-        assert webserver.serve_connection(hello, webserver.Options(access_log="off"), server, "", SLOT)
+        assert webserver.serve_connection(hello, settings, server, "", SLOT)
         client.sendall(GET + GET)
         client.shutdown(socket.SHUT_WR)
-        assert not webserver.serve_connection(hello, webserver.Options(access_log="off"), server, "", SLOT)
+        assert not webserver.serve_connection(hello, settings, server, "", SLOT)
         assert len(parse_answers(receive_all(client))) == 2
 
 
