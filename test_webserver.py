@@ -1011,7 +1011,8 @@ VALID_FIELDS = [
     (get(b"_: a", b"Content_Type: b/c"), {"HTTP__": None, "CONTENT_TYPE": (None, "")}, "dropped: nor for these"),
     (get(b"Content_Length: 5"), {"CONTENT_LENGTH": (None, ""), "body": b""}, "dropped: and frames nothing"),
     (get(b"Transfer_Encoding: chunked"), {"HTTP_TRANSFER_ENCODING": None, "body": b""}, "dropped: nor this"),
-    (get(b"Content-Type: a/b; c=d"), {"CONTENT_TYPE": "a/b; c=d", "HTTP_CONTENT_TYPE": None}, "3875 §4.1.3: without HTTP_"),
+    (get(b"Content-Type: a/b; c=d"), {"CONTENT_TYPE": "a/b; c=d", "HTTP_CONTENT_TYPE": None},
+     "3875 §4.1.3: without HTTP_"),
     (get(b"TE: trailers, gzip;q=0.5", b"Connection: TE"), {"HTTP_TE": "trailers, gzip;q=0.5"}, "9110 §10.1.4"),
     (get(b"Upgrade: websocket", b"Connection: Upgrade"), {"body": b""}, "9110 §7.8: a server may ignore Upgrade"),
     (get(b"Upgrade: h2c, HTTP/3.0", b"Connection: Upgrade, HTTP2-Settings", b"HTTP2-Settings: AAMAAABk"), {},
@@ -4615,16 +4616,15 @@ def certificates(tmp_path_factory: Any) -> str:
     return folder
 
 
-def start_tls(server: Running, folder: str, **options: Any) -> ssl.SSLSocket:
+def start_tls(server: Running, folder: str, certificate: str = "", **options: Any) -> ssl.SSLSocket:
     """A TLS connection to the server, whose certificate is checked."""
     context = ssl.create_default_context(cafile=folder + "/ca.pem")
-    session = options.pop("session", None)
-    if certificate := options.pop("certificate", ""):
+    if certificate:
         context.load_cert_chain(certificate)
     for name, value in options.items():
         setattr(context, name, value)
     context.set_alpn_protocols(["h2", "http/1.1"])
-    return context.wrap_socket(server.connect(), server_hostname="localhost", session=session)
+    return context.wrap_socket(server.connect(), server_hostname="localhost")
 
 
 def ask_tls(client: ssl.SSLSocket, code: str = "", *fields: bytes) -> Answer:
@@ -5694,12 +5694,12 @@ def test_a_warm_up_is_repeated_by_a_reload_and_by_its_check(tmp_path: Any) -> No
 
 
 WARM_UPS_THAT_FAIL = [  # the words, what stderr must hold
+    ("--warm-up /swallow --timeout 0.5", ["cannot be interrupted"]),  # takes longest, and ends without another step
     ("--warm-up /fail", ["ZeroDivisionError", "GET /fail has failed"]),
     ("--warm-up /late", ["RuntimeError: late", "GET /late has failed"]),
     ("--warm-up /short", ["99", "GET /short has failed"]),
     ("--warm-up /busy", ["GET /busy has failed", "503"]),
     ("--warm-up /hang --timeout 0.5", ["time.sleep(60)", "GET /hang has failed"]),
-    ("--warm-up /swallow --timeout 0.5", ["cannot be interrupted"]),  # and ends without another step
     ("--warm-up /connect?PORT", ["GET /connect?PORT left a connection to 127.0.0.1:PORT open", "another path"]),
     ("--warm-up /thread", ["GET /thread left a thread running", "pump"]),
 ]
