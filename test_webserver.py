@@ -1503,28 +1503,28 @@ def test_refuses_what_cannot_become_good_without_waiting_for_the_rest(data: byte
 
 
 TEXT = b"one\ntwo\n\n" + SMUGGLED + b"the end"
-READS: list[tuple[str, Callable[[Any], bytes], bytes]] = [
-    ("nothing", lambda file: b"", b""),
-    ("nothing of it", lambda file: file.read(0), b""),
-    ("one byte", lambda file: file.read(1), TEXT[:1]),
-    ("all but one", lambda file: file.read(len(TEXT) - 1), TEXT[:-1]),
-    ("exactly all", lambda file: file.read(len(TEXT)), TEXT),
-    ("more than all", lambda file: file.read(len(TEXT) + 1), TEXT),
-    ("far more", lambda file: file.read(1 << 30), TEXT),
-    ("to the end", lambda file: file.read(), TEXT),
-    ("to the end by -1", lambda file: file.read(-1), TEXT),
-    ("to the end and past it", lambda file: file.read() + file.read() + file.read(9) + file.readline(), TEXT),
-    ("past it piece by piece", lambda file: b"".join(file.read(7) for _ in range(20)), TEXT),
-    ("a line", lambda file: file.readline(), b"one\n"),
-    ("a part of a line", lambda file: file.readline(2), b"on"),
-    ("lines", lambda file: b"|".join(file.readlines()), TEXT.replace(b"\n", b"\n|")),
-    ("lines by iteration", lambda file: b"|".join(file), TEXT.replace(b"\n", b"\n|")),
-    ("some lines", lambda file: b"|".join(file.readlines(5)), b"one\n|two\n"),
-    ("lines past the end", lambda file: b"|".join(file.readline() for _ in range(9)),
-     TEXT.replace(b"\n", b"\n|") + b"|" * (9 - 1 - TEXT.count(b"\n"))),
-    ("a line and the rest", lambda file: file.readline() + file.read(), TEXT),
-    ("into a buffer", lambda file: (lambda room: bytes(room[: file.readinto(room)]))(bytearray(8)), TEXT[:8]),
-    ("iteration broken off", lambda file: next(iter(file), b""), b"one\n"),
+READS: list[tuple[Callable[[Any], bytes], bytes, str]] = [  # how the body is read, what must come of it, why
+    (lambda file: b"", b"", "nothing"),
+    (lambda file: file.read(0), b"", "nothing of it"),
+    (lambda file: file.read(1), TEXT[:1], "one byte"),
+    (lambda file: file.read(len(TEXT) - 1), TEXT[:-1], "all but one"),
+    (lambda file: file.read(len(TEXT)), TEXT, "exactly all"),
+    (lambda file: file.read(len(TEXT) + 1), TEXT, "more than all"),
+    (lambda file: file.read(1 << 30), TEXT, "far more"),
+    (lambda file: file.read(), TEXT, "to the end"),
+    (lambda file: file.read(-1), TEXT, "to the end by -1"),
+    (lambda file: file.read() + file.read() + file.read(9) + file.readline(), TEXT, "to the end and past it"),
+    (lambda file: b"".join(file.read(7) for _ in range(20)), TEXT, "past it piece by piece"),
+    (lambda file: file.readline(), b"one\n", "a line"),
+    (lambda file: file.readline(2), b"on", "a part of a line"),
+    (lambda file: b"|".join(file.readlines()), TEXT.replace(b"\n", b"\n|"), "lines"),
+    (lambda file: b"|".join(file), TEXT.replace(b"\n", b"\n|"), "lines by iteration"),
+    (lambda file: b"|".join(file.readlines(5)), b"one\n|two\n", "some lines"),
+    (lambda file: b"|".join(file.readline() for _ in range(9)),
+     TEXT.replace(b"\n", b"\n|") + b"|" * (9 - 1 - TEXT.count(b"\n")), "lines past the end"),
+    (lambda file: file.readline() + file.read(), TEXT, "a line and the rest"),
+    (lambda file: (lambda room: bytes(room[: file.readinto(room)]))(bytearray(8)), TEXT[:8], "into a buffer"),
+    (lambda file: next(iter(file), b""), b"one\n", "iteration broken off"),
 ]
 FRAMED = [
     (post(b"Content-Length: %d" % len(TEXT), body=TEXT), "sized"),
@@ -1534,8 +1534,8 @@ FRAMED = [
 ]
 
 
-@pytest.mark.parametrize("data", [row[0] for row in FRAMED], ids=[row[1] for row in FRAMED])
-@pytest.mark.parametrize("read, wanted", [row[1:] for row in READS], ids=[row[0] for row in READS])
+@rows("data", *FRAMED)
+@rows("read, wanted", *READS)
 def test_stays_in_step_however_much_is_read(data: bytes, read: Any, wanted: bytes) -> None:
     """A body read in any way is exactly this message's; the pipelined request behind it is answered, or the end."""
     for sizes in ((), (1,), (50,), (len(data),), (len(data) - 1, 1)):
@@ -1621,10 +1621,9 @@ def test_closes_on_a_streamed_body_that_turns_out_bad(tail: bytes, status: int, 
 
 def test_never_blocks_at_the_end_of_the_body() -> None:
     """PEP 3333, "Input and Error Streams": the end of the body is the end of file, though the client stays."""
-    everything: list[Callable[[Any], Any]] = [row[1] for row in READS]
 
     def application(environ: dict[str, Any], start_response: Any) -> list[bytes]:
-        results = [read(environ["wsgi.input"]) for read in [READ_ALL, *everything[3:13]]]
+        results = [read(environ["wsgi.input"]) for read in [READ_ALL, *(row[0] for row in READS[3:13])]]
         start_response("200 OK", [("Content-Length", "3")])
         return [b"%03d" % len(b"".join(results))]
 
@@ -2935,39 +2934,38 @@ def test_random_numbers_do_not_repeat_between_children(shared: Running) -> None:
 
 # What an application may do with processes, threads and signals
 
-SYSTEM = [  # the answer must be "True"
-    ("subprocess", "import subprocess as s; answer = s.run(['sh', '-c', 'exit 7']).returncode == 7"),
-    ("subprocess-many", "import subprocess as s; p = [s.Popen(['true']) for _ in range(5)]; "
-     "answer = not any(x.wait() for x in p)"),
-    ("subprocess-terminate", "import subprocess as s; p = s.Popen(['sleep', '60']); p.terminate(); "
-     "answer = p.wait() == -15"),
-    ("system", "answer = os.system('exit 3') >> 8 == 3"),
-    ("multiprocessing", "import multiprocessing as m; p = m.get_context('fork').Process(target=os.getpid); "
-     "p.start(); p.join(10); answer = p.exitcode == 0"),
-    ("multiprocessing-terminate", "import multiprocessing as m; p = m.get_context('fork').Process(target=time.sleep, "
-     "args=(60,)); p.start(); time.sleep(.1); p.terminate(); p.join(5); answer = p.exitcode == -15"),
-    ("pool", "import multiprocessing as m\nwith m.get_context('fork').Pool(2) as p: "
-     "answer = p.map(abs, [-1, -2]) == [1, 2]"),
-    ("threads", "import threading as t; a = []; b = [t.Thread(target=a.append, args=(1,)) for _ in range(5)]; "
-     "[x.start() for x in b]; [x.join() for x in b]; answer = len(a) == 5"),
-    ("executor", "import concurrent.futures as c\nwith c.ThreadPoolExecutor(2) as e: "
-     "answer = list(e.map(abs, [-1])) == [1]"),
-    ("asyncio", "import asyncio\nasync def f():\n p = await asyncio.create_subprocess_exec('true')\n "
-     "return await p.wait()\nanswer = asyncio.run(f()) == 0"),
-    ("signal", "import signal as s; a = []; s.signal(s.SIGUSR1, lambda *_: a.append(1)); "
-     "os.kill(os.getpid(), s.SIGUSR1); answer = a == [1]"),
-    ("alarm", "import signal as s\ndef f(*_): raise ZeroDivisionError\ns.signal(s.SIGALRM, f); "
-     "s.setitimer(s.ITIMER_REAL, 0.05)\ntry: time.sleep(9)\nexcept ZeroDivisionError: answer = True"),
-    ("fork-exit", "import sys\nif os.fork() == 0: sys.exit(0)\nanswer = os.wait()[1] == 0"),
-    ("fork-exit-7", "import sys\nif os.fork() == 0: sys.exit(7)\nanswer = os.wait()[1] >> 8 == 7"),
-    ("fork-exit-none", "import sys\nif os.fork() == 0: sys.exit()\nanswer = os.wait()[1] == 0"),
-    ("fork-return", "answer = os.fork() and os.wait()[1] == 0"),  # only one of the two may answer
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name, code", SYSTEM, ids=[row[0] for row in SYSTEM])
-def test_processes_threads_and_signals_work_in_applications(shared: Running, name: str, code: str) -> None:
-    assert shared.run(code, "/" + name) == "True"
+@rows(
+    "code",
+    ("import subprocess as s; answer = s.run(['sh', '-c', 'exit 7']).returncode == 7", "subprocess"),
+    ("import subprocess as s; p = [s.Popen(['true']) for _ in range(5)]; answer = not any(x.wait() for x in p)",
+     "subprocess-many"),
+    ("import subprocess as s; p = s.Popen(['sleep', '60']); p.terminate(); answer = p.wait() == -15",
+     "subprocess-terminate"),
+    ("answer = os.system('exit 3') >> 8 == 3", "system"),
+    ("import multiprocessing as m; p = m.get_context('fork').Process(target=os.getpid); "
+     "p.start(); p.join(10); answer = p.exitcode == 0", "multiprocessing"),
+    ("import multiprocessing as m; p = m.get_context('fork').Process(target=time.sleep, "
+     "args=(60,)); p.start(); time.sleep(.1); p.terminate(); p.join(5); answer = p.exitcode == -15",
+     "multiprocessing-terminate"),
+    ("import multiprocessing as m\nwith m.get_context('fork').Pool(2) as p: answer = p.map(abs, [-1, -2]) == [1, 2]",
+     "pool"),
+    ("import threading as t; a = []; b = [t.Thread(target=a.append, args=(1,)) for _ in range(5)]; "
+     "[x.start() for x in b]; [x.join() for x in b]; answer = len(a) == 5", "threads"),
+    ("import concurrent.futures as c\nwith c.ThreadPoolExecutor(2) as e: answer = list(e.map(abs, [-1])) == [1]",
+     "executor"),
+    ("import asyncio\nasync def f():\n p = await asyncio.create_subprocess_exec('true')\n "
+     "return await p.wait()\nanswer = asyncio.run(f()) == 0", "asyncio"),
+    ("import signal as s; a = []; s.signal(s.SIGUSR1, lambda *_: a.append(1)); "
+     "os.kill(os.getpid(), s.SIGUSR1); answer = a == [1]", "signal"),
+    ("import signal as s\ndef f(*_): raise ZeroDivisionError\ns.signal(s.SIGALRM, f); "
+     "s.setitimer(s.ITIMER_REAL, 0.05)\ntry: time.sleep(9)\nexcept ZeroDivisionError: answer = True", "alarm"),
+    ("import sys\nif os.fork() == 0: sys.exit(0)\nanswer = os.wait()[1] == 0", "fork-exit"),
+    ("import sys\nif os.fork() == 0: sys.exit(7)\nanswer = os.wait()[1] >> 8 == 7", "fork-exit-7"),
+    ("import sys\nif os.fork() == 0: sys.exit()\nanswer = os.wait()[1] == 0", "fork-exit-none"),
+    ("answer = os.fork() and os.wait()[1] == 0", "fork-return"),  # only one of the two may answer
+)  # fmt: skip
+def test_processes_threads_and_signals_work_in_applications(shared: Running, code: str) -> None:
+    assert shared.run(code) == "True"
 
 
 def test_a_process_of_the_application_writes_to_no_slot(tmp_path: Any) -> None:
@@ -5740,7 +5738,7 @@ def test_what_is_opened_before_the_fork_is_named(tmp_path: Any) -> None:
 
 
 def test_nothing_is_said_of_a_clean_application(tmp_path: Any) -> None:
-    code = "    import threading\n    threading.Thread(target=print, name='not started')\n"
+    code = "    import threading\n    kept = threading.Thread(target=print, name='not started')\n"
     with Running(tmp_path, app=ANSWERS % "ok" + code) as server:
         assert not re.search("the application has|warmed up|thread", server.errors())
 
