@@ -728,6 +728,10 @@ class Running:
         found = set(self.zombies())
         return not found or bool(wait_until(lambda: not found.intersection(self.zombies()), "the reaper", SLACK))
 
+    def wait_end(self, pid: Any) -> None:
+        """Wait until the process has ended: the connection that it has served, if still open, is at rest then."""
+        wait_until(lambda: int(pid) not in self.children(), "the end of the process")
+
     def wait_spare(self) -> None:
         """Wait until nothing is left but the one process that waits for a connection."""
         wait_until(lambda: len(self.children()) == 1 and not self.zombies(), "one spare and no zombie")
@@ -2656,9 +2660,9 @@ def test_logs_a_refusal_with_its_reason_and_the_bytes_escaped() -> None:
 def test_logs_requests_only_not_the_reset_of_an_idle_connection(tmp_path: Any) -> None:
     with Running(tmp_path, app=RUNS_QUERY) as server:
         with server.send() as client:
-            read_answer(client)
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        server.wait_spare()
+            pid = read_answer(client).body
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
+        server.wait_end(pid)
         assert server.output().count(" - - [") == 1
 
 
@@ -2987,11 +2991,11 @@ def test_a_response_ends_although_a_process_of_the_application_lives_on(tmp_path
 
 def test_a_default_timeout_of_the_application_is_not_ours(tmp_path: Any) -> None:
     app = "import socket\nsocket.setdefaulttimeout(0.05)\n" + textwrap.dedent(RUNS_QUERY)
-    with Running(tmp_path, app=app) as server, server.connect() as client:
-        client.sendall(GET[:9])
+    code = "answer = environ['wsgi.input'].read()"
+    with Running(tmp_path, app=app) as server, server.send(code, b"Content-Length: 3", method=b"POST") as client:
         time.sleep(0.2)
-        client.sendall(GET[9:])
-        assert read_answer(client).status == 200
+        client.sendall(b"abc")
+        assert read_answer(client).body == b"b'abc'"
 
 
 @on_linux
@@ -3129,9 +3133,8 @@ def test_the_parent_holds_a_connection_at_rest_and_no_process_does(tmp_path: Any
         files = list_files(server.pid)
         with server.send() as client:
             for number in range(1, 3):  # the next request after a rest is served by another process
-                pid = int(read_answer(client).body)
-                pids.add(pid)
-                wait_until(lambda pid=pid: pid not in server.children(), "the end of the process")
+                pids.add(pid := read_answer(client).body)
+                server.wait_end(pid)
                 wait_until(lambda: len(list_files(server.pid)) == len(files) + 1, "the connection to come back")
                 assert len(pids) == number
                 client.sendall(GET)
@@ -3265,15 +3268,14 @@ def test_a_default_timeout_of_the_application_does_not_hold_up_the_parent(tmp_pa
 def test_an_incomplete_head_after_a_rest_has_the_time_of_a_head(tmp_path: Any) -> None:
     path = str(tmp_path / "socket")  # where a child gets the incomplete head
     words, client = ("--keep-alive", "3"), socket.socket(socket.AF_UNIX)
-    with Running(tmp_path, *words, app=ANSWERS % "x", bind="unix:" + path) as server, client:
+    with Running(tmp_path, *words, app=RUNS_QUERY, bind="unix:" + path) as server, client:
         client.connect(path)
         client.sendall(GET)
-        read_answer(client)
-        wait_until(lambda: time.sleep(0.05) or len(server.children()) == 1, "the rest")
+        server.wait_end(read_answer(client).body)
         client.sendall(GET[:-2])
         assert not select.select([client], [], [], 2.5)[0], "408, when the rest would have ended"
         client.sendall(GET[-2:])
-        assert read_answer(client).body == b"x"
+        assert read_answer(client).status == 200
 
 
 @on_linux
@@ -3940,8 +3942,7 @@ def test_sigterm_is_heard_although_the_mailbox_is_full(tmp_path: Any) -> None:
 
 def test_a_request_just_after_sigterm_on_a_connection_at_rest_is_answered(tmp_path: Any) -> None:
     with Running(tmp_path, app=RUNS_QUERY) as server, server.send() as idle:
-        read_answer(idle)
-        server.wait_spare()
+        server.wait_end(read_answer(idle).body)
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)  # that is the claim
         idle.sendall(GET)
@@ -4170,9 +4171,8 @@ def test_a_reload_leaves_requests_in_hand_and_connections_at_rest_alone(tmp_path
     with Running(tmp_path, "--max-children", "3", app=RUNS_QUERY) as server:
         busy, idle = server.send(HELD + "answer = 'old'"), server.send()
         with closing(busy, idle):
-            pid = int(read_answer(idle).body)
             server.wait_held()
-            wait_until(lambda: pid not in server.children(), "the idle one to be at rest")
+            server.wait_end(read_answer(idle).body)
             write_file(tmp_path / "app.py", ANSWERS % "new")
             server.process.send_signal(signal.SIGHUP)
             wait_until(lambda: server.answers("new"), "the new code")
@@ -5517,7 +5517,7 @@ def test_a_process_that_has_used_up_its_memory_leaves(tmp_path: Any) -> None:
             pid = read_answer(client).body.decode()
             client.sendall(get(target=more))
             assert receive_answer(client).status == 500
-        wait_until(lambda: int(pid) not in server.children(), "the end of the process")
+        server.wait_end(pid)
         assert server.run("x = bytearray(40_000_000)") != pid
 
 
