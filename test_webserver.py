@@ -3251,7 +3251,7 @@ def test_survives_an_address_that_its_child_is_just_writing() -> None:
     slot = webserver.Slot(webserver.Scoreboard(1))
     slot.mark_client(b"2001:db8:")  # a part of it
     slot.mark_busy(b"GET / HTTP/1.1")
-    assert not webserver.order_fairly([], slot.board)
+    assert not webserver.sort_fairly([], slot.board)
 
 
 def test_a_default_timeout_of_the_application_does_not_hold_up_the_parent(tmp_path: Any) -> None:

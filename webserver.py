@@ -5,13 +5,13 @@
     python3 webserver.py module:app           the application `app` of `module`; `module:factory()` calls a factory
     python3 webserver.py --help               the options
 
-It needs CPython 3.8 or later on a POSIX system, and no package; on Linux no writable disk. It runs as any user, also
-as PID 1 of a container. A request that crashes, hangs or exits takes down its own connection and no other.
+It needs CPython 3.8 or later on a POSIX system. It needs no package and, on Linux, no writable disk. It runs as any
+user, also as PID 1 of a container. A request that crashes, hangs or exits takes down its own connection and no other.
 
-How to read it. Part one knows HTTP and WSGI and never forks. Part two knows processes and leaves HTTP to part one.
-They share one class, Slot, through which a process reports its state and sees its orders. Part three adds what a
-server in production needs. In each section the main class or function comes first. An exception that a docstring
-names is raised by the function. Three life cycles:
+How to read it. Part one knows HTTP and WSGI and never forks. Part two knows processes, leaves HTTP to part one, and
+calls `serve_connection` and `is_worth_reading`. Both use Slot, through which a process reports its state and sees its
+orders. Part three adds what a server in production needs. In each section the main class or function comes first. An
+exception that a docstring names is raised by the function. Three life cycles:
 
     bytes -> Stream -> Request -> environ -> application -> Response -> bytes        the life of a request
     accept -> rest -> a whole head -> queue -> child: requests -> silence -> rest    the life of a connection
@@ -48,7 +48,7 @@ import types
 from collections import Counter, deque
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache, partial
-from _thread import get_ident
+from _thread import get_ident  # threading.get_ident, without the import of threading
 from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, NoReturn, Sequence
 
 if not hasattr(os, "fork"):
@@ -68,8 +68,8 @@ Application = Callable[[Environ, StartResponse], Iterable[bytes]]
 # The options, and every fixed limit with its reason and the status code that answers an excess, in bytes and seconds.
 
 
-# For each field of Options, in order, what only the command line and the check of the options need: the metavar, the
-# help text, the allowed values (the least and the greatest number, or the words; None: any value), the short form
+# One entry for each field of Options, in their order, for the command line and the check of the options: the metavar,
+# the help, the allowed values (the least and the greatest number, or the words; None: any), the short form
 OPTIONS: list[tuple[str, str, Any, str]] = []
 
 
@@ -109,7 +109,7 @@ class Options(NamedTuple):
 
 
 MAX_REQUEST_LINE = 8190  # 414; as Apache's LimitRequestLine. RFC 9112 §3 asks for 8000 at least
-MAX_FIELD_LINE = 8190  # 431; as Apache's LimitRequestFieldSize
+MAX_FIELD_LINE = 8190  # 431, in a trailer section 400; as Apache's LimitRequestFieldSize
 MAX_FIELDS = 100  # 431; as Apache's LimitRequestFields; the same for a trailer section
 MAX_HEAD = 65536  # 431; the request-line, all field lines and the empty line
 MAX_LENGTH_DIGITS = 18  # 413; of a Content-Length: it fits a signed number of 64 bits
@@ -234,7 +234,10 @@ class Stream:
         self.pace: Pace | None = None  # of the request in hand; None before the first wait for its client
 
     def receive_at_rest(self, deadline: float | None) -> None:
-        """Receive the first bytes of a request; BlockingIOError after a second, over TLS at the deadline; OSError."""
+        """Receive the first bytes of a request; ClientGoneError if the client has closed; OSError.
+
+        BlockingIOError if none come in a second, over TLS by the deadline, or if this process must leave.
+        """
         self.pace = None
         while True:
             try:
@@ -286,7 +289,7 @@ class Stream:
 
     def send(self, data: bytes, *more: bytes) -> None:
         """Send all the parts; ClientGoneError if the client has gone."""
-        sent, size = 0, len(data) + sum(map(len, more)) if more else len(data)
+        sent, size = 0, len(data) + (sum(map(len, more)) if more else 0)
         try:
             sent = self.sock.sendmsg((data, *more), (), DONT_WAIT) if more else self.sock.send(data, DONT_WAIT)
         except BlockingIOError:
@@ -298,19 +301,19 @@ class Stream:
 
     def send_rest(self, parts: tuple[bytes, ...], sent: int) -> None:
         """Send the parts from this byte on; ClientGoneError if the client has gone, takes nothing, or too little."""
-        # The acknowledged bytes tell what the client takes (SIOCOUTQ). send(2) does not: it blocks until a third of a
-        # large buffer is free, which takes a slow client more than a second.
-        owed, end, deadline = count_unacknowledged(self.sock), 0, time.monotonic() + self.timeout
+        # The acknowledged bytes tell what the client takes (SIOCOUTQ, in Python TIOCOUTQ). send(2) does not: it blocks
+        # until a third of a large buffer is free, which takes a slow client more than a second.
+        unacknowledged, end, deadline = count_unacknowledged(self.sock), 0, time.monotonic() + self.timeout
         self.pace = pace = self.pace or Pace()
         try:
             for part in [memoryview(part) for part in parts]:  # to join large ones would need their memory again
                 end += len(part)
                 while sent < end:
-                    began, taken_before = self.slot.mark_silent(), sent - owed
+                    began, taken_before = self.slot.mark_silent(), sent - unacknowledged
                     with suppress(BlockingIOError):
-                        sent += self.sock.send(part[sent - end :])
-                    owed = count_unacknowledged(self.sock)
-                    taken, now = sent - owed - taken_before, self.slot.mark_progress()
+                        sent += self.sock.send(part[sent - end :])  # the last `end - sent` bytes of the part
+                    unacknowledged = count_unacknowledged(self.sock)
+                    taken, now = sent - unacknowledged - taken_before, self.slot.mark_progress()
                     if taken > 0:
                         deadline = now + self.timeout
                     elif now >= deadline:
@@ -373,7 +376,7 @@ def count_unacknowledged(sock: socket.SocketType) -> int:
 
 
 class Request(NamedTuple):
-    """The checked head of a request; of one that could not be read only the line, and whether the method is HEAD."""
+    """The checked head of a request. Of a head that could not be read: only `line`, and `method` if that is HEAD."""
 
     method: str = ""
     target: str = ""  # as it was received
@@ -421,14 +424,12 @@ def check_partial_head(data: bytes, checked: int) -> None:
 def is_worth_reading(data: bytes, checked: int) -> bool:
     """Return whether the bytes begin with a whole head or cannot become one; `checked` of them were checked before."""
     end = data.find(b"\r\n\r\n", max(checked - 3, 0))
-    try:
+    with suppress(Exception):  # the process that reads the head meets the same error, and answers
         if end < 0:
             check_partial_head(data, checked)
             return False  # the parent goes on holding the connection
         if end + 4 <= MAX_REMEMBERED:
             parse_head(data[: end + 4])  # children that are forked from now on inherit the cached result
-    except Exception:
-        pass  # the process that reads the head meets the same error, and answers
     return True
 
 
@@ -474,7 +475,7 @@ def parse_request_line(line: bytes) -> tuple[str, str, str | None, str, str, str
     version = "HTTP/1.0" if minor == b"0" else "HTTP/1.1"  # a higher minor version is answered as 1.1 (RFC 9110 §2.5)
     authority = path = query = None
     if method != b"OPTIONS" or target != b"*":  # it is in origin-form or absolute-form (RFC 9112 §3.2)
-        if not (match := TARGET.fullmatch(target)) or match.groups()[:2] == (None, None):
+        if not (match := TARGET.fullmatch(target)) or match.groups()[:2] == (None, None):  # TARGET matches ?q alone
             raise HTTPError(400, "a malformed request-target")
         authority, path, query = match.groups()
     if authority is not None:
@@ -559,8 +560,8 @@ def parse_framing(version: str, fields: dict[str, str]) -> int | None:
 class Body(io.RawIOBase):
     """Owns the framing of one message body (RFC 9112 §6 and §7)."""
 
-    def __init__(self, stream: Stream, request: Request, limit: int, buffered: int) -> None:
-        self.stream, self.buffered = stream, buffered
+    def __init__(self, stream: Stream, request: Request, limit: int, buffer_limit: int) -> None:
+        self.stream, self.buffer_limit = stream, buffer_limit
         self.has_more_chunks = request.length is None
         self.remaining = request.length or 0  # bytes to come of the body, or of the chunk in hand
         self.limit = limit - self.remaining  # bytes that further chunks may hold
@@ -616,7 +617,7 @@ class Body(io.RawIOBase):
         self.limit -= self.remaining
         require(self.extensions <= MAX_CHUNK_EXTENSIONS, 400, "too many chunk extensions")
         require(self.limit >= 0, 413, "a chunked body over the limit")
-        if not self.remaining:  # the trailer section is checked and dropped (RFC 9110 §6.5)
+        if not self.remaining:  # the trailer section, up to an empty line, is checked and dropped (RFC 9110 §6.5)
             for count, line in enumerate(iter(partial(self.stream.read_line, MAX_FIELD_LINE), b"")):
                 require(count < MAX_FIELDS, 431, "too many trailer fields")
                 parse_field_line.__wrapped__(line)
@@ -627,7 +628,7 @@ class Body(io.RawIOBase):
         # Django, Bottle and most of Falcon read no body without CONTENT_LENGTH. A body larger than --buffer-chunked is
         # left to applications that know wsgi.input_terminated, as those of Flask and Pyramid do.
         was_chunked, content = self.has_more_chunks, bytearray()
-        while self.has_more_chunks and len(content) <= self.buffered:
+        while self.has_more_chunks and len(content) <= self.buffer_limit:
             content += self.read(RECEIVE_SIZE)
         if was_chunked and not self.has_more_chunks:
             environ["wsgi.input"], environ["CONTENT_LENGTH"] = io.BytesIO(content), str(len(content))
@@ -638,7 +639,7 @@ class Body(io.RawIOBase):
     def check_use(self) -> None:
         """Log advice if the application has ended and has read nothing of a streamed chunked body."""
         if self.untouched and self.untouched == len(self.collected):
-            size = "a chunked body of more than %d bytes" % self.buffered
+            size = "a chunked body of more than %d bytes" % self.buffer_limit
             log_throttled("the application has read nothing of %s: raise --buffer-chunked for it" % size)
 
     def drain(self) -> bool:
@@ -728,7 +729,7 @@ def run_application(application: Application, environ: Environ, response: Respon
             if not (isinstance(blocks, FileWrapper) and response.send_file(blocks.file)):
                 for block in blocks:  # each is sent at once (PEP 3333, "Buffering and Streaming")
                     response.send(block)
-                    if response.drops_blocks:
+                    if response.drops_rest:
                         break
             response.send(b"", is_last=True)
     finally:
@@ -763,7 +764,7 @@ class Response:
     """Owns the response to one request: its head until the first block, and how much of its body was sent."""
 
     __slots__ = (
-        "body", "drops_blocks", "framing", "head", "is_closing", "is_complete", "is_cut", "request", "sent", "stream",
+        "body", "drops_rest", "framing", "head", "is_broken", "is_closing", "is_complete", "request", "sent", "stream",
     )  # fmt: skip
 
     def __init__(self, stream: Stream, request: Request, is_closing: bool) -> None:
@@ -772,16 +773,19 @@ class Response:
         self.head: ResponseHead | None = None  # what start_response was told
         self.framing: Framing | None = None  # None until the head is sent
         self.sent = 0  # bytes of the body
-        self.drops_blocks = False  # further blocks are dropped: the response has no body, or the body is too long
-        self.is_complete = self.is_cut = False  # is_cut: the client has not taken all that was to be sent
+        self.drops_rest = False  # further blocks are dropped: the response has no body, or the body is too long
+        self.is_complete = self.is_broken = False  # is_broken: the client has not taken all that was to be sent
 
     def send(self, block: bytes, is_last: bool = False) -> None:
-        """Send a block of the body: the head before the first one, the end of a chunked body behind the last one."""
+        """Send a block of the body: the head before the first one, the end of a chunked body behind the last one.
+
+        ClientGoneError; HTTPError as `frame`; AssertionError, TypeError, ValueError: a mistake of the application.
+        """
         if self.is_complete:
             raise AssertionError("write() was called after the end of the response")
         if not isinstance(block, bytes):
             raise TypeError("a block of the body is not bytes: %.100r" % (block,))
-        if self.is_cut:  # the application has caught the exception: nothing may follow behind the gap
+        if self.is_broken:  # the application has caught the exception: nothing may follow behind the gap
             raise ClientGoneError(0)
         before, behind, framing = b"", b"", self.framing
         if framing is None:
@@ -791,7 +795,7 @@ class Response:
             before = framing.head
         room = framing.length - self.sent
         if len(block) > room:
-            block = self.cut(block, int(room))
+            block = self.trim(block, int(room))
         size = len(block)
         if framing.is_chunked:
             if block:
@@ -804,7 +808,7 @@ class Response:
             elif before or block or behind:
                 self.stream.send(before + block + behind)
         except ClientGoneError as gone:
-            self.sent, self.is_cut = self.sent + min(max(gone.args[0] - len(before), 0), size), True
+            self.sent, self.is_broken = self.sent + min(max(gone.args[0] - len(before), 0), size), True
             raise
         self.sent += size
         if is_last:
@@ -816,10 +820,10 @@ class Response:
         elif block:
             self.stream.slot.mark_progress()
 
-    def cut(self, block: bytes, room: int) -> bytes:
+    def trim(self, block: bytes, room: int) -> bytes:
         """Return what of a block has room; log the first surplus (PEP 3333, "Handling the Content-Length Header")."""
-        if not self.drops_blocks:
-            self.drops_blocks = True
+        if not self.drops_rest:
+            self.drops_rest = True
             log("the body is longer than its Content-Length of %d: cut there" % (self.sent + room))
         return block[:room]
 
@@ -843,7 +847,7 @@ class Response:
         return True
 
     def frame(self, size: int | None) -> Framing:
-        """Decide the framing and return it; the size is that of the whole body, None if it is unknown."""
+        """Decide the framing, for a body of this size (None: unknown); HTTPError if that of the request has failed."""
         if self.head is None:
             raise AssertionError("the application did not call start_response")
         if self.body:
@@ -860,7 +864,7 @@ class Response:
             self.is_closing |= slot.is_told(PRESSED) or slot.must_leave(time.monotonic())
         second = int(time.time())
         framing = make_framing(self.head, self.request.method, self.request.version, size, self.is_closing, second)
-        self.framing, self.is_closing, self.drops_blocks = framing, framing.is_closing, not framing.has_body
+        self.framing, self.is_closing, self.drops_rest = framing, framing.is_closing, not framing.has_body
         if framing.is_ended_by_close:
             self.stream.reset_on_close(True)
         return framing
@@ -890,11 +894,11 @@ def make_framing(
 
 @lru_cache(maxsize=64)
 def parse_response_head(status: str, response_headers: tuple[tuple[str, str], ...]) -> ResponseHead:
-    """Return the checked head; ValueError quotes what is wrong. A head that repeats costs one look-up."""
+    """Return the checked head; ValueError quotes what is wrong; TypeError: the headers are not pairs of str."""
     # What passes here reaches the client byte for byte: a CR LF in it would split the response in two.
     if not isinstance(status, str) or not STATUS.fullmatch(status):
         raise ValueError("not a status such as '200 OK': %r" % (status,))
-    # What was checked is sent: neither join nor these methods of str call one of a subclass, as % and + do.
+    # What was checked is sent: join and these methods of str read a subclass of it; % and + would call its methods.
     lines, length, names = ["HTTP/1.1 ", status, "\r\n" if " " in status else " \r\n"], None, set()
     for header in response_headers:
         if not (isinstance(header, tuple) and len(header) == 2 and all(isinstance(part, str) for part in header)):
@@ -956,10 +960,8 @@ def serve_connection(
             return True
     except (ClientGoneError, OSError):
         pass
-    try:
+    with suppress(OSError):  # the client has gone
         stream.sock.shutdown(socket.SHUT_WR)  # a close ends nothing if a process of the application has a copy
-    except OSError:
-        pass  # the client has gone
     sock.close()
     return False
 
@@ -967,7 +969,7 @@ def serve_connection(
 def serve_request(
     application: Application, options: Options, stream: Stream, shared: Environ, deadline: float | None
 ) -> bool:
-    """Serve a request; return whether another may follow. ClientSilentError, ClientGoneError, OSError: none comes."""
+    """Serve a request; return whether another may follow. ClientSilentError, ClientGoneError, OSError: none came."""
     slot, environ, head, began, detail = stream.slot, shared, b"", 0.0, ""
     response: Response | None = None
     try:
@@ -1084,11 +1086,9 @@ def write_line(fd: int, line: str) -> None:
     # only if another process fills the pipe in between.
     data = line.encode("utf-8", "backslashreplace")[: select.PIPE_BUF - 1]
     data = data.decode("utf-8", "ignore").encode()  # cut between two characters
-    try:
+    with suppress(OSError):  # the log was closed
         if select.select([], [fd], [], 0)[1]:
             os.write(fd, data + b"\n")
-    except OSError:
-        pass  # the log was closed
 
 
 def log(text: str) -> None:
@@ -1174,7 +1174,7 @@ class Listener:
         with suppress(OSError):  # the file is gone, or this user may not remove it
             if self.file_stat and os.path.samestat(self.file_stat, os.stat(self.path)):
                 os.unlink(self.path)
-        self.file_stat = None  # a successor may get the same inode
+        self.file_stat = None  # a second call must not remove the file of a successor with the same inode
 
 
 def adopt(family: int, fd: int) -> socket.SocketType:
@@ -1218,7 +1218,7 @@ def open_listener(bind: str, mode: str) -> int:
     return listener.detach()
 
 
-def parse_address(bind: str) -> Sequence[str]:
+def parse_address(bind: str) -> Sequence[Any]:
     """Return the path, descriptor, host and port of an address, None for what it lacks; StartError if malformed."""
     if not (match := ADDRESS.fullmatch(bind)) or int(match[4] or 0) > 65535:
         raise StartError("not an address: %r; write HOST:PORT, [::1]:PORT, :PORT, unix:PATH or fd:N" % bind, 2)
@@ -1272,8 +1272,8 @@ def describe_address(listener: socket.SocketType, scheme: str) -> str:
 # and `waiting` has one writer at a time. State and time are one aligned double: no reader sees one without the other.
 # A text may be read half written; nothing but the order of requests and the logs depends on it.
 
-STOPPING, PRESSED = 1, 2  # orders: responses close; requests wait at the cap
-WANTED, LATE = 4, 8  # a request waits for a fork; it waits too long
+STOPPING, PRESSED = 1, 2  # orders: the server is to stop; requests wait, and no process may be added
+WANTED, LATE = 4, 8  # a request waits until the parent has forked; it has waited for longer than LATE_AFTER
 FIRST_SLOT, TEXTS = 8, 56  # offsets in bytes: of slot 0, behind the orders; of the texts of slot 0, behind its numbers
 RECORD = struct.Struct("=44s196s")  # the client, and the request-line
 give_way = getattr(os, "sched_yield", lambda: None)  # sched_yield(2), which not every system has
@@ -1295,6 +1295,7 @@ class Scoreboard:
         self.fd = fd
         self.memory = memoryview(mmap.mmap(fd, FIRST_SLOT + slots * SLOT_SIZE if fd < 0 else 0))
         doubles, numbers, stride = self.memory.cast("d"), self.memory.cast("q"), SLOT_SIZE // 8
+        # The first number holds the orders. Each slot: waiting, since, leave_by, pid, taken, requests, and its texts.
         self.orders, self.waiting, self.pids = numbers[:1], numbers[1::stride], numbers[4::stride]
         self.since, self.leave_by = doubles[2::stride], doubles[3::stride]
         self.taken, self.requests = numbers[5::stride], numbers[6::stride]
@@ -1374,8 +1375,7 @@ class Slot:
         if line is not self.line:  # a repeated head has the same object: it is written already
             self.line = line
             self.write(self.client, line)
-        now = self.since[self.index] = time.monotonic()
-        return now
+        return self.mark_progress()
 
     def mark_progress(self) -> float:
         """Note that the request in hand has made progress; return the time."""
@@ -1518,7 +1518,6 @@ class Child:
             # The first write to a page that is shared with the parent copies the page. Done before the first request,
             # these copies are no part of its time, of which they would be a third.
             rehearse(1)
-        self.left = self.connections
         while taken := self.receive_connection():
             is_given_back = self.serve(*taken)
             self.left -= 1
@@ -1530,8 +1529,8 @@ class Child:
                     self.mailbox.send(b"free")
         self.slot.mark_waiting(False)  # else `record_exit` would take this for a child that died unused
 
-    def receive_connection(self) -> tuple[socket.SocketType, float] | None:
-        """Return the next connection, and by when its head must be complete; None if this child is to leave."""
+    def receive_connection(self) -> tuple[socket.SocketType, float, bytes] | None:
+        """Return the next connection, by when its head must be complete, its memo; None if this child is to leave."""
         while True:
             try:
                 message, rights = self.queue.receive()
@@ -1545,12 +1544,11 @@ class Child:
             return None
         self.slot.mark_waiting(False, taken=1)
         sock = adopt(self.family, *DESCRIPTOR.unpack(rights))
-        self.slot.memo = message[DEADLINE.size :]
-        return sock, DEADLINE.unpack_from(message)[0]
+        return sock, DEADLINE.unpack_from(message)[0], message[DEADLINE.size :]
 
-    def serve(self, sock: socket.SocketType, deadline: float | None) -> bool:
+    def serve(self, sock: socket.SocketType, deadline: float | None, memo: bytes) -> bool:
         """Serve a connection until it ends, or until it is at rest; return whether it was given back to the parent."""
-        self.sock = sock
+        self.sock, self.slot.memo = sock, memo
         try:
             address = sock.getpeername()
         except OSError:  # the client has reset the connection
@@ -1565,7 +1563,7 @@ class Child:
 
     def give_back(self, sock: socket.SocketType) -> bool:
         """Send a connection at rest to the parent, and close it here; return False if the mailbox is full."""
-        self.slot.mark_waiting(self.left != 1)  # before the message: the parent then counts the children that wait
+        self.slot.mark_waiting(self.left != 1)  # its last one? Before the message: the parent then counts
         try:
             self.mailbox.send(BACK + self.slot.memo, sock.fileno())
         except OSError as error:
@@ -1624,7 +1622,7 @@ class Connection:
         self.sock, self.deadline = sock, deadline
         self.memo = memo  # what a child has noted; the parent does not read it
         self.seen = 0  # bytes received of a head that is not complete
-        self.group: Any = None  # identifies the client, once `order_fairly` has needed it
+        self.group: Any = None  # identifies the client, once `sort_fairly` has needed it
 
 
 def find_group(host: str) -> Any:
@@ -1634,7 +1632,7 @@ def find_group(host: str) -> Any:
         return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8] if ":" in host else host
 
 
-def order_fairly(ready: Iterable[Connection], board: Scoreboard) -> deque[Connection]:
+def sort_fairly(ready: Iterable[Connection], board: Scoreboard) -> deque[Connection]:
     """Return the connections, sorted by the number of connections of the same peer at work or ahead in line."""
     ahead = Counter(find_group(board.read_text(slot, 0)) for slot in range(board.used) if board.since[slot])
     ranked: list[tuple[int, Connection]] = []
@@ -1673,7 +1671,7 @@ class Reactor:
                 self.look_at(connection)
 
     def accept(self) -> bool:
-        """Accept connections from the kernel's queue; return False if there is no room, and pause until `expire`."""
+        """Accept connections from the kernel's queue; if there is no room, pause until `look_after`; return False."""
         deadline = time.monotonic() + self.head_timeout
         for _ in range(ACCEPT_AT_ONCE):
             # A new connection may take the place of the one longest at rest, but not of one in line for a child.
@@ -1727,6 +1725,7 @@ class Reactor:
             return
         if not seen:  # the first bytes of the head set its deadline; more bytes do not extend it
             connection.deadline = time.monotonic() + self.head_timeout
+        # Readable, but with no byte more than before: the client has ended its side inside the head.
         if self.is_opaque or count == seen or is_worth_reading(bytes(self.peeked[:count]), seen):
             self.make_ready(connection)
         else:
@@ -1754,12 +1753,10 @@ class Reactor:
             self.selector.unregister(connection.sock)
 
     def take_back(self) -> None:
-        """Receive the messages of children, until the mailbox is empty or holds the number of a signal."""
-        try:
+        """Receive messages until the mailbox is empty or holds the number of a signal; "free" only ends the sleep."""
+        with suppress(BlockingIOError):  # it is empty
             while len((received := self.mailbox.receive(DONT_WAIT))[0]) > 1:
                 self.hold(*received)
-        except BlockingIOError:
-            pass  # it is empty
 
     def hold(self, message: bytes, rights: bytes, least: float = 0.0) -> None:
         """Hold the connections in a message for --keep-alive, less the TICK that has passed, at least for `least`."""
@@ -1768,7 +1765,7 @@ class Reactor:
             self.make_room()
             self.rest(Connection(adopt(self.listener.family, fd), deadline, memo))
 
-    def expire(self, now: float) -> None:
+    def look_after(self, now: float) -> None:
         """Resume accepting; close connections past their deadline, but let a child answer 408 to an incomplete head."""
         with suppress(KeyError, OSError):  # it is watched already, or was closed
             self.listener.sock.setblocking(False)  # another process with this socket may have made it block
@@ -1809,7 +1806,7 @@ CLIENT_SLACK = 3.0  # the same for a wait for the client, which a child ends by 
 LAST_CALL = 1.0  # seconds from a stop to the close of connections at rest, whose next request may be under way
 FORK_DELAY = 0.01  # seconds without a spare child until the next fork; a child that is reaped ends the delay
 LATE_AFTER = 0.05  # seconds between two checks; a request that both find in the queue makes children step back
-FAIR_ORDER_EVERY = 0.05  # seconds between two sorts of the requests that wait: each reads the whole scoreboard
+SORT_EVERY = 0.05  # seconds between two sorts of the requests that wait: each reads the whole scoreboard
 ADVICE_AFTER, EXPENSIVE, FEW_REQUESTS = 100, 20.0, 4  # processes reaped; per process: ms of processor, requests
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD, signal.SIGALRM)
 
@@ -1831,7 +1828,7 @@ class Signals:
         self.has_terminal = os.isatty(2)  # stderr is a terminal
         self.detach: Callable[[], None] | None = None  # called in a process that the application has forked
         self.masks: dict[int, Any] = {}  # by the thread in which the application forks: the signal mask before
-        os.register_at_fork(before=self.block, after_in_parent=self.unblock, after_in_child=self.leave)
+        os.register_at_fork(before=self.block, after_in_parent=self.unblock, after_in_child=self.leave_server)
 
     def catch(self, *signums: int) -> None:
         """Handle these signals, whatever the application has set or blocked; StartError outside the main thread."""
@@ -1875,7 +1872,7 @@ class Signals:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # a SIGALRM that was blocked comes here, and is dropped
         self.masks.pop(get_ident(), None)
 
-    def leave(self) -> None:
+    def leave_server(self) -> None:
         """Give up what is the server's, in the process that the application has forked."""
         if self.detach:
             self.detach()
@@ -1900,8 +1897,8 @@ class Queue:
     def fill(self, reactor: Reactor, now: float, spare: int, forks: int) -> int:
         """Put in a request for each child that is spare and for each fork allowed; return how many remain spare."""
         if spare + forks < len(reactor.ready) and now >= self.fair_at:
-            self.fair_at = now + FAIR_ORDER_EVERY
-            reactor.ready = order_fairly(reactor.ready, self.board)
+            self.fair_at = now + SORT_EVERY
+            reactor.ready = sort_fairly(reactor.ready, self.board)
         before = self.put_in
         while reactor.ready and spare + forks > 0:
             connection = reactor.ready[0]
@@ -1917,7 +1914,7 @@ class Queue:
             connection.sock.close()
             self.put_in, spare = self.put_in + 1, spare - 1
         if reactor.is_paused and self.put_in > before:  # there is room now
-            reactor.expire(now)
+            reactor.look_after(now)
         if reactor.ready and spare + forks <= 0:
             log_throttled("all processes are at work: requests wait (--max-children)")
             if not self.board.orders[0] & PRESSED:
@@ -1936,7 +1933,7 @@ class Queue:
             self.late_at, self.put_in_then = now + LATE_AFTER, self.put_in
 
     def count_spare(self) -> int:
-        """Return how many more children wait than the queue has requests; below 0, so many children are missing."""
+        """Return how many more children wait than the queue has requests, below 0 if they are fewer; note the least."""
         spare = sum(self.board.waiting[: self.board.used]) - self.put_in + self.count_taken()
         self.least_spare = min(self.least_spare, spare)
         return spare
@@ -1986,7 +1983,7 @@ class Parent:
         self.tick_at = self.stop_at = 0.0  # when `watch` is due; when listening ends, 0 until a stop is asked for
         self.grace = options.graceful_timeout  # seconds from `stop_at` on for the requests in hand
         self.is_over = False  # the server has stopped, and the last child is reaped
-        self.told: dict[int, tuple[float, float]] = {}  # by slot: the `since` that was interrupted, and when
+        self.interrupted: dict[int, tuple[float, float]] = {}  # by slot: the `since` that was interrupted, and when
         self.totals: dict[str, float] = {"forks": 0, "reaped": 0, "crashes": 0, "timeouts": 0}
         self.totals.update({"requests": -sum(self.board.requests), "ms of processor": -count_processor()})
 
@@ -2066,14 +2063,12 @@ class Parent:
         """Reap every child that has ended: until then it is a zombie, a pid and a wait status in the kernel."""
         # One SIGCHLD may stand for several children: signals merge. So this repeats until no zombie is left, and does
         # not wait for living children (waitpid(2)). An unknown pid is a check of a reload, or an orphan given to PID 1.
-        try:
+        with suppress(ChildProcessError):  # there is no child at all
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:  # 0: there are other children, but none has ended
                 if ended[0] in self.board.children:
                     self.record_exit(*ended)
                 else:
                     self.reload.end_check(*ended)
-        except ChildProcessError:
-            pass  # there is no child at all (`suppress`, here and in `take_back`, costs each fork 11 page faults)
         if self.stop_at or self.reload.has_passed:  # then `watch` acts at once
             self.tick_at = 0.0
 
@@ -2098,13 +2093,13 @@ class Parent:
         """Do what is due in each TICK, and four times as often during a stop or with --reload."""
         self.tick_at = now + (TICK / 4 if self.stop_at or self.options.reload else TICK)
         self.cap = self.most  # the system may allow more again
-        self.reactor.expire(now)
+        self.reactor.look_after(now)
         self.queue.look_after()
         if not self.stop_at:
             self.reload.watch(now)
         elif now >= self.stop_at:
             self.is_over = end_service(now, self.stop_at, self.stop_at + self.grace, self.reactor, self.queue)
-        self.totals["timeouts"] += enforce_deadlines(now, self.options.timeout, self.board, self.told)
+        self.totals["timeouts"] += enforce_deadlines(now, self.options.timeout, self.board, self.interrupted)
 
     def stop(self) -> None:
         """Begin a graceful stop; if one has begun, stop at once."""
@@ -2156,21 +2151,23 @@ def end_service(now: float, stop_at: float, kill_at: float, reactor: Reactor, qu
     return not (children or reactor.resting or reactor.ready) and (is_late or queue.count_spare() >= 0)
 
 
-def enforce_deadlines(now: float, timeout: float, board: Scoreboard, told: dict[int, tuple[float, float]]) -> int:
-    """Interrupt children without progress; kill those that continue, or are late to leave; count interruptions."""
-    count, late = 0, []
+def enforce_deadlines(
+    now: float, timeout: float, board: Scoreboard, interrupted: dict[int, tuple[float, float]]
+) -> int:
+    """Interrupt children without progress; kill those that go on, or miss `leave_by`; return the number interrupted."""
+    count = late = 0
     for pid, slot in board.children.items():
         since = board.since[slot]  # read once: the child may change it meanwhile
         if since and now - abs(since) > timeout + (ALARM_SLACK if since > 0 else CLIENT_SLACK):
-            if told.get(slot, (0.0, 0.0))[0] != since:
-                told[slot] = since, now
+            if interrupted.get(slot, (0.0, 0.0))[0] != since:
+                interrupted[slot] = since, now
                 count += 1
-            send_signal(pid, signal.SIGKILL if now - told[slot][1] >= KILL_AFTER else signal.SIGALRM)
+            send_signal(pid, signal.SIGKILL if now - interrupted[slot][1] >= KILL_AFTER else signal.SIGALRM)
         if 0 < board.leave_by[slot] <= now:
-            late.append(pid)
+            late += 1
             send_signal(pid, signal.SIGKILL)
     if late:
-        log_throttled("children that have not finished and are killed: %d" % len(late))
+        log_throttled("children that have not finished and are killed: %d" % late)
     return count
 
 
@@ -2223,12 +2220,11 @@ def serve_alone(child: Child, reactor: Reactor, signals: Signals) -> None:
     """Serve without other processes (--no-fork), one request at a time, until the server is stopped."""
     while not (signals.pending and signals.means_stop(signals.pending.pop(0))):
         reactor.wait(0.0 if reactor.ready or signals.pending else TICK)
-        reactor.expire(time.monotonic())
+        reactor.look_after(time.monotonic())
         if reactor.ready:
             connection = reactor.ready.popleft()
-            child.slot.memo = connection.memo
             try:
-                child.serve(connection.sock, connection.deadline)
+                child.serve(connection.sock, connection.deadline, connection.memo)
             finally:
                 if child.slot.pid != os.getpid():
                     exit_child(0)  # in a process that the application has forked
@@ -2347,9 +2343,8 @@ class Reload:
             except OSError as error:  # over 70,000 connections, or more than the user may have in messages (unix(7))
                 log("connections at rest are lost in the reload: %s" % error.strerror)
         sockets = self.reactor.listener.sock, mailbox.receiver, mailbox.sender, carried.receiver, carried.sender
-        become_new = partial(replace_program, [board.fd, *(sock.fileno() for sock in sockets)])
-        end_application(become_new)  # execve(2) runs no exit handler: what the old code has started would go on
-        become_new()
+        # execve(2) runs no exit handler: what the old code has started would go on.
+        end_application(partial(replace_program, [board.fd, *(sock.fileno() for sock in sockets)]))
 
 
 def bound_loading(options: Options) -> float:
@@ -2374,7 +2369,7 @@ def replace_program(kept: list[int]) -> NoReturn:
 
 
 def find_kept() -> list[int]:
-    """Return the descriptors that a reload has left open for this process, none if the variable names another pid."""
+    """Return the descriptors that `Reload.replace` has kept for this process; none if the variable has another pid."""
     pid, *kept = map(int, os.environ.pop("WEBSERVER_RELOAD", "0").split())
     if pid != os.getpid():
         return []
@@ -2537,14 +2532,15 @@ class TLSSocket:
         return bytes(self.attempt(partial(self.session.read, size)))
 
     def send(self, data: Any, flags: int = 0) -> int:
-        """Send the first data; return their size. After BlockingIOError the next call must begin with the same data."""
+        """Encrypt and send the beginning of the data; return its size. After BlockingIOError, repeat the call."""
         self.encrypted = self.encrypted or self.session.write(data[:FILE_BLOCK_SIZE])
         self.push(flags)
         sent, self.encrypted, self.pushed = self.encrypted, 0, 0
         return sent
 
     def sendmsg(self, blocks: Iterable[bytes], _: Any, flags: int) -> int:
-        """Send the first data of the blocks; return their size."""
+        """Encrypt and send the beginning of the blocks; return its size."""
+        # `send` takes the first FILE_BLOCK_SIZE bytes of all: what is cut here, and what follows it, is not among them.
         return self.send(b"".join(block[:FILE_BLOCK_SIZE] for block in blocks), flags)
 
     def shutdown(self, how: int) -> None:
@@ -2609,7 +2605,7 @@ class Transport:
         if options.proxy_protocol and not options.forwarded_allow_ips:
             raise StartError("--proxy-protocol needs --forwarded-allow-ips: name the peers that send the header", 2)
         self.trust = Trust(options.forwarded_allow_ips) if options.forwarded_allow_ips else None
-        self.options, self.path, self.context = options, options.script_name, make_tls_context(options)
+        self.options, self.mount, self.context = options, options.script_name, make_tls_context(options)
 
     def wrap(self, application: Application) -> Application:
         """Return the application, wrapped if proxies are believed or if it is mounted under --script-name."""
@@ -2618,13 +2614,13 @@ class Transport:
             """Set what a proxy tells of its client and the path below SCRIPT_NAME, then call the application."""
             if self.trust:
                 believe_proxy(environ, self.trust)
-            if self.path:
-                require((environ["PATH_INFO"] + "/").startswith(self.path + "/"), 404, "nothing is here")
-                environ["SCRIPT_NAME"] += self.path
-                environ["PATH_INFO"] = environ["PATH_INFO"][len(self.path) :]
+            if self.mount:
+                require((environ["PATH_INFO"] + "/").startswith(self.mount + "/"), 404, "nothing is here")
+                environ["SCRIPT_NAME"] += self.mount
+                environ["PATH_INFO"] = environ["PATH_INFO"][len(self.mount) :]
             return application(environ, start_response)
 
-        return wrapped if self.trust or self.path else application
+        return wrapped if self.trust or self.mount else application
 
     def open(self, stream: Stream, shared: Environ, deadline: float | None) -> float | None:
         """Receive what precedes HTTP; note what it tells in the environ of all requests; return the head's deadline."""
@@ -2748,7 +2744,7 @@ def parse_proxy_header(data: bytes) -> tuple[int, str] | None:
 
 
 def parse_binary_proxy_header(data: bytes) -> tuple[int, str] | None:
-    """Return the same for a header of version 2; the extensions (TLVs) behind the addresses are skipped."""
+    """Return the same as `parse_proxy_header` for version 2; the extensions (TLVs) behind the addresses are skipped."""
     require(data[:12] == PROXY_SIGNATURE[: len(data)], 400, "no PROXY header")
     if len(data) < 16:
         return None
@@ -2797,12 +2793,11 @@ def become_child() -> None:
         weakref.finalize._registered_with_atexit = False  # the next one registers anew
     for name in LIMITS:
         set_limit(name)
-    try:  # the OOM killer takes the largest process, the parent: 500 adds half of all memory to a child (proc(5))
+    with suppress(OSError):  # not Linux, or no /proc
+        # The OOM killer takes the largest process, the parent: 500 adds half of all memory to a child (proc(5)).
         fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
         os.write(fd, b"500")
         os.close(fd)
-    except OSError:
-        pass  # not Linux, or no /proc
 
 
 def drop_privileges(name: str) -> None:
@@ -2853,15 +2848,11 @@ def set_limit(name: str) -> None:
 
 def run_exit_handlers() -> None:
     """Run the handlers of atexit and weakref.finalize (temporary folders); end daemon processes of multiprocessing."""
-    try:
+    with suppress(Exception, Overdue):  # a pool is broken, or at work for too long
         if pools := sys.modules.get("concurrent.futures.process"):
             pools._python_exit()  # CPython calls it first: else `multiprocessing` would wait for processes at work
-    except (Exception, Overdue):
-        pass  # a pool is broken, or at work for too long
-    try:
+    with suppress(Exception, SystemExit):  # atexit has printed the traceback
         atexit._run_exitfuncs()
-    except (Exception, SystemExit):
-        pass  # atexit has printed the traceback
     if util := sys.modules.get("multiprocessing.util"):
         util._run_finalizers(0)  # pools and managers, but none of another process; there is no public name
     multiprocessing = sys.modules.get("multiprocessing.process")
@@ -2872,29 +2863,26 @@ def run_exit_handlers() -> None:
                 process.join()
 
 
-def end_application(give_up: Callable[[], NoReturn]) -> None:
-    """Run the exit handlers, for EXIT_TIMEOUT, and flush the output, in the process that was started."""
-    with suppress(Overdue), limit_time(EXIT_TIMEOUT, "an exit handler", give_up):
+def end_application(last_step: Callable[[], NoReturn]) -> NoReturn:
+    """Run the exit handlers, for EXIT_TIMEOUT, flush the output, and do the last step, which ends the program."""
+    # Without a wait for the threads of the application, which may run for ever.
+    with suppress(Overdue), limit_time(EXIT_TIMEOUT, "an exit handler", last_step):
         run_exit_handlers()
     flush_output()
-
-
-def exit_without_threads(status: int) -> NoReturn:
-    """End the process that was started, without a wait for the threads of the application, which may run for ever."""
-    end_application(partial(os._exit, status))
-    os._exit(status)
+    last_step()
 
 
 @contextmanager
-def limit_time(seconds: float, what: str, give_up: Callable[[], NoReturn]) -> Iterator[None]:
-    """Raise Overdue in the block after these seconds, and in each TICK from then on; after KILL_AFTER, give up."""
+def limit_time(seconds: float, what: str, last_step: Callable[[], NoReturn]) -> Iterator[None]:
+    """Raise Overdue in the block after these seconds and in each TICK from then on, up to KILL_AFTER; then end."""
     deadline = time.monotonic() + seconds + KILL_AFTER
 
     def interrupt(*_: Any) -> None:
+        """Raise Overdue, or end the program."""
         if time.monotonic() < deadline:
             raise Overdue
         write_line(2, "webserver.py: %s takes too long and cannot be interrupted" % what)
-        give_up()
+        last_step()
 
     former = signal.signal(signal.SIGALRM, interrupt)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
@@ -2909,10 +2897,8 @@ def limit_time(seconds: float, what: str, give_up: Callable[[], NoReturn]) -> It
 def flush_output() -> None:
     """Flush the buffers of sys.stdout and sys.stderr, as far as possible."""
     for file in (sys.stdout, sys.stderr):
-        try:
+        with suppress(AttributeError, OSError, ValueError):  # the stream is None, has no reader, or is closed
             file.flush()
-        except (AttributeError, OSError, ValueError):
-            pass  # the stream is None, has no reader, or is closed
 
 
 def notify(state: str) -> None:
@@ -3005,7 +2991,7 @@ class WarmUpSocket:
         return sum(map(len, blocks))
 
     def send(self, data: bytes, *_: int) -> int:
-        """Drop the data likewise."""
+        """Drop the data, but note the status; return the size."""
         return self.sendmsg((data,))
 
     def close(self, *_: Any) -> None:
@@ -3020,12 +3006,10 @@ def find_opened() -> set[tuple[int, str]]:
     socket.setdefaulttimeout(None)  # socket.socket would set it for sockets that are only looked at
     with suppress(OSError):  # there is no /dev/fd
         for fd in map(int, os.listdir("/dev/fd")):
-            with suppress(OSError):  # not a socket, or one without a peer
+            with suppress(OSError), ExitStack() as cleanup:  # not a socket, or one without a peer
                 sock = socket.socket(fileno=fd)
-                try:
-                    peer, is_log = sock.getpeername(), (sock.family, sock.type) == (socket.AF_UNIX, socket.SOCK_DGRAM)
-                finally:
-                    sock.detach()
+                cleanup.callback(sock.detach)
+                peer, is_log = sock.getpeername(), (sock.family, sock.type) == (socket.AF_UNIX, socket.SOCK_DGRAM)
                 if fd > 2 and peer and not is_log:  # processes may share a log: of syslog, or of systemd at stderr
                     name = "%s:%s" % peer[:2] if isinstance(peer, tuple) else peer
                     opened.add((fd, LEFT_CONNECTION % name))
@@ -3039,7 +3023,7 @@ def find_opened() -> set[tuple[int, str]]:
 def rehearse(times: int) -> None:
     """Serve the built-in page to ourselves, the way that a child serves: before the forks, or in an idle new child."""
     # Children inherit what the interpreter learns here (5 % fewer page faults). The memo marks the message in a strace.
-    options = Options(access_log="off", no_fork=True)  # so that Ctrl-C ends the start
+    options = Options(access_log="off", no_fork=True)  # one connection each time; Ctrl-C ends the start
     service = partial(serve_connection, show_environ, options)
     with suppress(OSError, MemoryError):  # a limit of descriptors, in flight or not (unix(7)), or of memory
         child = Child(service, int(socket.AF_UNIX), Channel(), Scoreboard(1), options)
@@ -3201,7 +3185,7 @@ def show_environ(environ: Environ, start_response: StartResponse) -> list[bytes]
 
 
 def make_page(facts: str, rows: list[tuple[str, str]], start_response: StartResponse) -> bytes:
-    """Return the same as an HTML page; its Content-Security-Policy allows its own style sheet and nothing else."""
+    """Return all that as an HTML page, whose Content-Security-Policy allows its own style sheet and nothing else."""
     from base64 import b64encode
     from hashlib import sha256
     from html import escape as escape_html
@@ -3332,7 +3316,7 @@ def start(load: Callable[[], Application], options: Options) -> None:
         service = load_service(load, options)
         if options.check:
             write_line(1, "the application loads: %r" % (service.args[0],))
-        exit_without_threads(0 if options.check else CHECK_PASSED)
+        end_application(partial(os._exit, 0 if options.check else CHECK_PASSED))
     # Step 2: the sockets, opened or kept in a reload.
     kept = find_kept()
     bind, most = find_inherited_address() or options.bind, raise_descriptor_limit(options.max_connections)
@@ -3420,4 +3404,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    exit_without_threads(main())
+    end_application(partial(os._exit, main()))
