@@ -325,6 +325,10 @@ class Stream:
         except OSError as error:
             raise ClientGoneError(sent) from error
 
+    def has_unread(self) -> bool:
+        """Return whether the client has sent something that is not consumed, or has closed."""
+        return bool(self.buffer) or wait_readable(self.sock, 0)
+
     def linger(self) -> None:
         """End our side, then drop what still comes: a close with unread bytes may lose the response (RFC 9112 §9.6)."""
         until = time.monotonic() + LINGER_TIMEOUT
@@ -367,6 +371,13 @@ def count_unacknowledged(sock: socket.SocketType) -> int:
         held = int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
         return held - int(getattr(sock, "pushed", 0))  # minus the TLS records of data that does not count as sent yet
     return 0
+
+
+def wait_readable(sock: socket.SocketType, seconds: float) -> bool:
+    """Wait until the socket is readable, for these seconds at most; return whether it is."""
+    poller = select.poll()  # not select(2), which ends at descriptor 1023
+    poller.register(sock, select.POLLIN)
+    return bool(poller.poll(seconds * 1000))
 
 
 # ---- 4. Request -------------------------------------------------------------
@@ -662,9 +673,10 @@ def make_connection_environ(sock: socket.SocketType, address: Any, is_multiproce
     """Return the part of the environ that all requests of a connection share."""
     name = sock.getsockname()  # like the client's address, a str for a Unix socket
     server, port = name[:2] if isinstance(name, tuple) else ("localhost", 80)
+    server = strip_mapping(server)
     client, client_port = address[:2] if isinstance(address, tuple) else ("", "")
     return {
-        "SERVER_NAME": strip_mapping(server), "SERVER_PORT": str(port),
+        "SERVER_NAME": "[%s]" % server if ":" in server else server, "SERVER_PORT": str(port),  # RFC 3875 §4.1.14
         "REMOTE_ADDR": strip_mapping(client), "REMOTE_PORT": str(client_port),
         "wsgi.errors": sys.stderr, "wsgi.multiprocess": is_multiprocess,
     }  # fmt: skip
@@ -855,7 +867,7 @@ class Response:
                 raise HTTPError(*self.body.failure)
             self.is_closing |= self.body.awaits_continue  # the client may send the body or not
             self.body.awaits_continue = False
-            self.is_closing |= size is not None and self.body.remaining > MAX_DRAINED  # `drain` will give up
+            self.is_closing |= self.body.has_more_chunks or self.body.remaining > MAX_DRAINED  # `drain` may give up
         slot = self.stream.slot
         if slot.orders[0] & (STOPPING | PRESSED):
             # Under pressure, a client that has sent further requests already must connect again for them.
@@ -876,7 +888,7 @@ def make_framing(
 ) -> Framing:
     """Return the framing of a response whose body has this size (None: unknown), with a Date of this second."""
     lines, length, is_http10 = head.lines, head.length, version == "HTTP/1.0"
-    has_body = method != "HEAD" and head.status not in (204, 304)  # RFC 9110 §6.4.1
+    has_body = method != "HEAD" and head.status not in (204, 205, 304)  # RFC 9110 §6.4.1 and §15.3.6
     if length is None and (size or has_body):  # an empty list for HEAD or 304 tells no length
         length = size
     is_chunked = length is None and has_body and not is_http10
@@ -1001,9 +1013,10 @@ def serve_request(
     body = response.body
     if not (detail or response.is_closing) and (body is None or body.drain()):
         return True
+    is_expected = not (detail or response.request.is_persistent)  # the client wants the close itself
     has_body_left = body and (body.has_more_chunks or body.remaining)
-    if detail or stream.buffer or has_body_left or response.request.is_persistent:
-        stream.linger()  # else the client wanted the close, and all its bytes were read
+    if not is_expected or response.sent > JOIN_SIZE or has_body_left or stream.has_unread():
+        stream.linger()  # else the kernel has sent all of our bytes, and the client will send no more
     return False
 
 
@@ -1151,7 +1164,7 @@ class Listener:
         self.sock: Any = socket.SocketType(fileno=fd)
         self.family, self.is_unix = self.sock.family, self.sock.family == socket.AF_UNIX
         self.is_foreign = bind.startswith("fd:")  # inherited: the service manager may go on to use it
-        self.path = os.path.abspath(bind[5:]) if bind.startswith("unix:") else ""
+        self.path = os.path.abspath(self.sock.getsockname()) if self.is_unix and not self.is_foreign else ""
         self.file_stat = os.stat(self.path) if os.path.exists(self.path) else None
         self.sock.setblocking(False)
         set_clock(self.sock)
@@ -1260,7 +1273,7 @@ def bind_unix(path: str, mode: str) -> socket.socket:
 def describe_address(listener: socket.SocketType, scheme: str) -> str:
     """Return the URL of the server, or unix:PATH."""
     if listener.family == socket.AF_UNIX:
-        return "unix:%s" % listener.getsockname()
+        return "unix:" + os.fsdecode(listener.getsockname()).replace("\0", "@")
     host, port = listener.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         return "%s://localhost:%d/ (bound to %s)" % (scheme, port, host)
@@ -1474,13 +1487,6 @@ class Channel:
         self.sender.close()
 
 
-def wait_readable(sock: socket.SocketType, seconds: float) -> bool:
-    """Wait until the socket is readable, for these seconds at most; return whether it is."""
-    poller = select.poll()  # not select(2), which ends at descriptor 1023
-    poller.register(sock, select.POLLIN)
-    return bool(poller.poll(seconds * 1000))
-
-
 class Child:
     """Owns the life of a serving process, from fork to exit. The parent makes it, and each fork has a copy of it."""
 
@@ -1563,7 +1569,7 @@ class Child:
 
     def give_back(self, sock: socket.SocketType) -> bool:
         """Send a connection at rest to the parent, and close it here; return False if the mailbox is full."""
-        self.slot.mark_waiting(self.left != 1)  # its last one? Before the message: the parent then counts
+        self.slot.mark_waiting(self.left != 1)  # before the message: the parent then counts who waits
         try:
             self.mailbox.send(BACK + self.slot.memo, sock.fileno())
         except OSError as error:
@@ -1597,8 +1603,9 @@ class Child:
 def exit_child(status: int) -> NoReturn:
     """End the process as the interpreter would (threads, exit handlers, buffers), with no way back to the caller."""
     try:
-        if "threading" in sys.modules:
-            sys.modules["threading"]._shutdown()  # what CPython itself calls at its end; there is no public name
+        with suppress(ClientSilentError):  # from `Child.on_signal`, after the timeout
+            if threading := sys.modules.get("threading"):
+                threading._shutdown()  # what CPython itself calls at its end; there is no public name
         run_exit_handlers()
         flush_output()
     finally:
@@ -1772,7 +1779,12 @@ class Reactor:
             self.selector.register(self.listener.sock, selectors.EVENT_READ, self.accept)
         self.is_paused = False
         for connection in [c for c in self.resting.values() if now >= c.deadline]:
-            (self.make_ready if connection.seen else self.drop)(connection)
+            if connection.seen:
+                self.make_ready(connection)
+                continue
+            self.look_at(connection)  # of bytes that came while this process was stopped, there was no event yet
+            if now >= connection.deadline:
+                self.drop(connection)
 
     def stop_listening(self, is_late: bool) -> bool:
         """Accept the kernel's queue; close the listener unless some have no room yet; return whether it is closed."""
@@ -1790,10 +1802,13 @@ class Reactor:
     def close_copies(self) -> None:
         """Close the copies that a forked process has of what is held here: the connections live on in the parent."""
         self.listener.sock.close()
-        for fd in self.resting:
-            os.close(fd)
-        for connection in self.ready:
-            os.close(connection.sock.fileno())
+        first = end = -1  # of a run of descriptors, which one call closes: a close for each of 9,000 takes 4 ms
+        for fd in [*sorted([*self.resting, *(connection.sock.fileno() for connection in self.ready)]), -1]:
+            if fd != end:
+                if first < end:
+                    os.closerange(first, end)
+                first = fd
+            end = fd + 1
 
 
 # ---- 14. Parent -------------------------------------------------------------
@@ -1873,12 +1888,14 @@ class Signals:
         self.masks.pop(get_ident(), None)
 
     def leave_server(self) -> None:
-        """Give up what is the server's, in the process that the application has forked."""
-        if self.detach:
-            self.detach()
-            self.release()
-            self.unblock()
-            self.masks.clear()
+        """Give up what is the server's, in a process that the application has forked; drop exit handlers in a child."""
+        if not self.detach:
+            drop_exit_handlers()  # before the fork hooks of the application, which may register new ones
+            return
+        self.detach()
+        self.release()
+        self.unblock()
+        self.masks.clear()
 
 
 class Queue:
@@ -2095,11 +2112,11 @@ class Parent:
         self.cap = self.most  # the system may allow more again
         self.reactor.look_after(now)
         self.queue.look_after()
+        self.totals["timeouts"] += enforce_deadlines(now, self.options.timeout, self.board, self.interrupted)
         if not self.stop_at:
             self.reload.watch(now)
         elif now >= self.stop_at:
             self.is_over = end_service(now, self.stop_at, self.stop_at + self.grace, self.reactor, self.queue)
-        self.totals["timeouts"] += enforce_deadlines(now, self.options.timeout, self.board, self.interrupted)
 
     def stop(self) -> None:
         """Begin a graceful stop; if one has begun, stop at once."""
@@ -2218,6 +2235,7 @@ def report(queue: Queue, reactor: Reactor, totals: dict[str, float]) -> None:
 
 def serve_alone(child: Child, reactor: Reactor, signals: Signals) -> None:
     """Serve without other processes (--no-fork), one request at a time, until the server is stopped."""
+    signal.set_wakeup_fd(-1)  # the signals that come in a request would fill the mailbox, which only this loop empties
     while not (signals.pending and signals.means_stop(signals.pending.pop(0))):
         reactor.wait(0.0 if reactor.ready or signals.pending else TICK)
         reactor.look_after(time.monotonic())
@@ -2247,15 +2265,18 @@ def serve_alone(child: Child, reactor: Reactor, signals: Signals) -> None:
 #     5. serve             the parent also reaps the old children, whose deadlines are on the scoreboard
 
 CHECK_TIMEOUT = 30.0  # seconds for new code to load
-LOADING_IS_SLOW = 10  # seconds until the log says that the application is still loading
+LOADING_IS_SLOW = 10  # seconds until the log says:
+STILL_LOADING = "the application is still loading: does its module run a server, as by app.run()? Then it never ends"
 CHECK_PASSED = 93  # the exit status of a passed check; not 0, with which a module may end the process while it loads
 SPACE, MEMOS = socket.CMSG_SPACE(MAX_DESCRIPTORS * DESCRIPTOR.size), MAX_DESCRIPTORS * 64  # bytes of a full message
 
 # How this program was started, to start it again: noted now, because the application may change all of it.
 STARTED_WITH = dict(os.environ)
 STARTED_AS = [sys.executable, *getattr(sys, "orig_argv", [sys.executable, *sys.argv])[1:]]
+STARTED_IN = os.environ.get("PWD", "")  # if it is right: with its symbolic links; one may lead to a new release later
 try:
-    STARTED_IN = os.getcwd()
+    if not (os.path.isabs(STARTED_IN) and os.path.exists(STARTED_IN) and os.path.samefile(STARTED_IN, ".")):
+        STARTED_IN = os.getcwd()
 except FileNotFoundError:
     raise SystemExit("webserver.py: the working directory was removed: change to another one") from None
 
@@ -2272,7 +2293,7 @@ class Reload:
     def begin(self) -> None:
         """Check the present code in a new process; if a check is under way, do so once that has ended."""
         self.is_wanted_again = bool(self.checker)
-        if self.checker:
+        if self.checker or self.has_passed:  # `replace` will load the present code in any case
             return
         self.check_by = time.monotonic() + bound_loading(self.options)
         try:
@@ -2382,7 +2403,7 @@ def on_loading_signal(signals: Signals, listener: Listener, is_reload: bool, sig
     """Handle a signal while the application loads: one to stop ends the process, in a reload only the second time."""
     # No loop runs yet. But in a reload, old children still serve: as PID 1, this process would take them along.
     if signum == signal.SIGALRM:
-        log("the application is still loading: does its module run a server, as by app.run()? Then it never ends")
+        log(STILL_LOADING)
         if is_reload:
             os._exit(1)
     elif signals.means_stop(signum) and (not is_reload or any(map(signals.means_stop, signals.pending))):
@@ -2462,8 +2483,8 @@ def make_tls_context(options: Options) -> Any:
 
 def accept_tls(context: Any, stream: Stream, deadline: float) -> TLSSocket:
     """Return the TLS session of a connection; ClientGoneError if the handshake fails; HTTPError if plain HTTP comes."""
-    if not (stream.buffer or stream.receive_more(deadline)):
-        raise ClientGoneError(0)
+    if not stream.buffer:
+        stream.receive_at_rest(deadline)
     if not stream.buffer.startswith(b"\x16"):  # the type of a handshake record (RFC 8446 §5.1)
         raise HTTPError(400, "plain HTTP on a port with TLS: the address begins with https")
     records, stream.buffer = stream.buffer, b""
@@ -2709,8 +2730,7 @@ def believe_proxy(environ: Environ, trust: Trust) -> None:
 
 def find_authority(environ: Environ, host: str | None, port: str | None) -> tuple[str, str]:
     """Return the Host, and the port, that the client has asked the proxy for; HTTPError if one is invalid."""
-    own = environ.get("HTTP_HOST") or ("[%s]" if ":" in environ["SERVER_NAME"] else "%s") % environ["SERVER_NAME"]
-    authority = host if host is not None else str(own)
+    authority: str = host if host is not None else environ.get("HTTP_HOST") or environ["SERVER_NAME"]
     check_host(authority.encode("latin-1"), "an invalid X-Forwarded-Host")
     name, _, own_port = authority.rpartition(":") if re.search(":[0-9]*$", authority) else (authority, "", "")
     default = DEFAULT_PORTS[environ["wsgi.url_scheme"]]
@@ -2784,13 +2804,17 @@ def open_standard_files() -> None:
     faulthandler.enable(2)  # a segfault then prints the Python stack
 
 
-def become_child() -> None:
-    """Drop the parent's exit handlers in a new child, and set a child's limits and OOM score."""
-    atexit._clear()  # exit handlers are for the process that has registered them; no public function clears them
+def drop_exit_handlers() -> None:
+    """Drop the parent's exit handlers in a new child: they are for the process that has registered them."""
+    atexit._clear()  # no public function clears them
     if (weakref := sys.modules.get("weakref")) and weakref.finalize._registered_with_atexit:  # finalizers likewise
         for finalizer in list(weakref.finalize._registry):
             finalizer.atexit = False
         weakref.finalize._registered_with_atexit = False  # the next one registers anew
+
+
+def become_child() -> None:
+    """Set a child's limits and OOM score."""
     for name in LIMITS:
         set_limit(name)
     with suppress(OSError):  # not Linux, or no /proc
@@ -2929,10 +2953,10 @@ def make_shared_file(size: int) -> int:
 # ---- 19. Before the fork ----------------------------------------------------
 # What all processes inherit: an application that is loaded and warm, and nothing that a fork would double or lose.
 
-REHEARSAL = b"GET %s HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\nConnection: close\r\n\r\n"
+REHEARSAL = b"GET %s HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n"
 REHEARSALS = 12  # requests; then the interpreter has specialised the code that serves a request (PEP 659)
 LEFT_CONNECTION = "left a connection to %s open, which all processes share, and whose answers get mixed up: close it"
-LEFT_THREAD = "left a thread running, which no process will have (%s): start and end it in the request"
+LEFT_THREAD = "left a thread running, which only this process has, and no child (%s): start and end it in the request"
 
 
 def load_service(load: Callable[[], Application], options: Options) -> partial[bool]:
@@ -2960,10 +2984,11 @@ def warm_up(application: Application, options: Options, target: str) -> None:
     """Serve a GET of this path or URL to ourselves; StartError if it fails or leaves something open."""
     before, began = find_opened(), time.monotonic()
     sock: Any = WarmUpSocket(REHEARSAL % target.encode())
+    quiet = options._replace(access_log="off", keep_alive=1.0)
     with limit_time(options.timeout, "the warm-up", partial(os._exit, 1)):
-        serve_connection(application, options._replace(access_log="off"), sock, ("127.0.0.1", 0), Slot(Scoreboard(1)))
+        is_at_rest = serve_connection(application, quiet, sock, ("127.0.0.1", 0), Slot(Scoreboard(1)))
     ended = time.monotonic()
-    if sock.has_failed or sock.status >= 500:
+    if not (is_at_rest or sock.is_closing) or sock.status >= 500:
         reason = "its status is %d, and a traceback, if there is one, stands above" % sock.status
         raise StartError("GET %s has failed while warming up: %s" % (target, reason))
     while left := sorted(find_opened() - before):
@@ -2978,16 +3003,21 @@ class WarmUpSocket:
     """Owns the request of a warm-up and the status of its response. It has the methods of a socket that Stream uses."""
 
     def __init__(self, request: bytes) -> None:
-        self.request, self.status, self.has_failed = request, 0, False
+        self.request, self.status = request, 0
+        self.is_closing = False  # the application has asked for the close, which otherwise only an error causes
 
     def recv(self, *_: int) -> bytes:
-        """Return the request. Only `Stream.linger` calls again, behind the answer to an error: note that."""
-        request, self.request, self.has_failed = self.request, b"", not self.request
+        """Return the request; BlockingIOError for a second one: the connection is at rest."""
+        if not self.request:
+            raise BlockingIOError
+        request, self.request = self.request, b""
         return request
 
     def sendmsg(self, blocks: Sequence[bytes], *_: Any) -> int:
         """Drop the blocks, but note the status; return their size."""
-        self.status = self.status or int(blocks[0][9:12])
+        if not self.status:
+            self.status = int(blocks[0][9:12])
+            self.is_closing = self.status < 400 and b"\r\nConnection: close\r\n" in blocks[0]
         return sum(map(len, blocks))
 
     def send(self, data: bytes, *_: int) -> int:
@@ -3099,9 +3129,9 @@ def load_application(name: str) -> Application:
         module = importlib.import_module(module_name)
         path = path if colon else "application" if hasattr(module, "application") else "app"
         return check_application(find_application(module, path), "%s:%s" % (module_name, path))
-    except StartError:
+    except (StartError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         if isinstance(error, ModuleNotFoundError) and error.name and (module_name + ".").startswith(error.name + "."):
             raise StartError(describe_missing_module(module_name, colon)) from None
         log_exception(error)
@@ -3137,6 +3167,8 @@ def find_application(module: Any, path: str) -> Any:
 
 def check_application(application: Application, name: str) -> Application:
     """Return the object if it can be called as PEP 3333 demands; else StartError says what to do."""
+    if not callable(application):
+        raise StartError("%s is no application, but a %s" % (name, type(application).__name__))
     if (code := getattr(find_function(application), "__code__", None)) and code.co_flags & IS_ASYNC:
         raise StartError("%s is an ASGI application: it needs an ASGI server, such as uvicorn; this speaks WSGI" % name)
     is_class = isinstance(application, type) and not hasattr(application, "__iter__")  # else a call makes a response
@@ -3313,14 +3345,15 @@ def start(load: Callable[[], Application], options: Options) -> None:
     if options.check or pid == str(os.getpid()):
         if running not in ("", PRODUCT):
             raise StartError("%s cannot take over from %s: restart the server" % (PRODUCT, running))
+        signal.signal(signal.SIGALRM, lambda *_: log(STILL_LOADING))
+        signal.alarm(LOADING_IS_SLOW)
         service = load_service(load, options)
         if options.check:
             write_line(1, "the application loads: %r" % (service.args[0],))
         end_application(partial(os._exit, 0 if options.check else CHECK_PASSED))
     # Step 2: the sockets, opened or kept in a reload.
     kept = find_kept()
-    bind, most = find_inherited_address() or options.bind, raise_descriptor_limit(options.max_connections)
-    options = options._replace(bind=bind, max_connections=most)
+    options = options._replace(bind=find_inherited_address() or options.bind)
     rehearse(REHEARSALS)
     listener = Listener(kept[1] if kept else open_listener(options.bind, options.socket_mode), options.bind)
     mailbox = Channel(*kept[2:4])
@@ -3367,6 +3400,8 @@ def run(
     """Serve with children, or without, until a signal stops the server."""
     signals.act = signals.pending.append
     signals.catch(*(SIGNALS[1:] if options.no_fork else SIGNALS))  # SIGINT is the debugger's
+    open_standard_files()  # once more: the application may have closed one
+    options = options._replace(max_connections=raise_descriptor_limit(options.max_connections))
     board = Scoreboard(0, kept[0] if kept else make_shared_file(FIRST_SLOT + options.max_children * SLOT_SIZE))
     reactor, child = Reactor(listener, mailbox, options), Child(service, listener.family, mailbox, board, options)
     for close_copy in (child.detach, reactor.close_copies, child.queue.sender.close, reactor.selector.close):
