@@ -5578,6 +5578,14 @@ def test_started_with_closed_descriptors_no_log_line_goes_astray(tmp_path: Any, 
         assert server.stop() == 0 and read_file(tmp_path / "data") == "data\n" * 2
 
 
+def test_a_request_that_closes_a_standard_file_costs_no_other_client_its_answer(tmp_path: Any) -> None:
+    with Running(tmp_path, "--max-children", "1", "--connections-per-child", "0", app=RUNS_QUERY) as server:
+        pid = server.run("os.close(1)")
+        with server.send("", CLOSE) as client:
+            answer = receive_answer(client)  # and no log line behind it
+        assert answer.status == 200 and answer.body.decode() != pid
+
+
 def test_an_import_that_closes_a_standard_file_breaks_nothing(tmp_path: Any) -> None:
     with Running(tmp_path, app="import os\nos.close(1)\n" + textwrap.dedent(ANSWERS % "here")) as server:
         assert all(server.answers("here") for _ in range(3)) and server.stop() == 0

@@ -1547,8 +1547,12 @@ class Child:
         if not rights:  # asked to leave, or the end of the queue
             return None
         self.slot.mark_waiting(False, taken=1)
-        sock = adopt(self.family, *DESCRIPTOR.unpack(rights))
-        return sock, DEADLINE.unpack_from(message)[0], message[DEADLINE.size :]
+        sock, memo = adopt(self.family, *DESCRIPTOR.unpack(rights)), message[DEADLINE.size :]
+        if sock.fileno() <= 2:  # the application has closed a standard file: this client would get the log lines
+            self.slot.memo = memo
+            self.give_back(sock)
+            return None
+        return sock, DEADLINE.unpack_from(message)[0], memo
 
     def serve(self, sock: socket.SocketType, deadline: float | None, memo: bytes) -> bool:
         """Serve a connection until it ends, or until it is at rest; return whether it was given back to the parent."""
