@@ -3065,12 +3065,35 @@ def test_exit_handlers_of_the_child_run_and_inherited_ones_do_not(tmp_path: Any)
         assert set(re.findall(r"inherited by (\d+)", server.output())) <= {str(server.pid)}
 
 
-def test_exit_handlers_that_a_fork_hook_registers_run_in_the_child(tmp_path: Any) -> None:
+@pytest.mark.parametrize("is_program", [True, False])
+def test_exit_handlers_that_a_fork_hook_registers_run_in_the_child(tmp_path: Any, is_program: bool) -> None:
     hook = "import atexit, os\nwrite = lambda: os.write(1, b'from the hook in %d\\n' % os.getpid())\n"
-    hook += "os.register_at_fork(after_in_child=lambda: atexit.register(write))\n"
-    with Running(tmp_path, app=hook + textwrap.dedent(RUNS_QUERY)) as server:
+    app = hook + "os.register_at_fork(after_in_child=lambda: atexit.register(write))\n" + textwrap.dedent(RUNS_QUERY)
+    port = free_port()
+    settings: dict[str, Any] = {"app": app}
+    if not is_program:
+        code = "import webserver\n%s\nwebserver.serve(app, bind='127.0.0.1:%d')\n" % (app, port)
+        settings = {"argv": (sys.executable, "-c", code), "bind": "", "PYTHONPATH": os.path.dirname(WEBSERVER)}
+    with Running(tmp_path, port=port, **settings) as server:
         pids = {server.run(""), server.run("")}
         wait_until(lambda: pids <= set(re.findall(r"from the hook in (\d+)", server.output())), "the exit handlers")
+
+
+def test_a_child_frees_nothing_that_an_exit_handler_of_the_parent_needs(tmp_path: Any) -> None:
+    folder = "import atexit, os, tempfile\ndef make():\n    folder = tempfile.TemporaryDirectory()\n"
+    folder += "    atexit.register(lambda: folder.cleanup())\n    return folder.name\nNAME = make()\n"
+    code = "import app; answer = app.NAME if os.path.isdir(app.NAME) else 'gone'"
+    with Running(tmp_path, app=folder + textwrap.dedent(RUNS_QUERY)) as server:
+        name = server.run(code)
+        assert server.run(code) == name != "gone"
+        assert server.stop() == 0 and not os.path.exists(name)
+
+
+def test_a_crash_is_reported_where_the_application_wants_it(tmp_path: Any) -> None:
+    app = "import faulthandler\nfile = open('crashes', 'wb')\nfaulthandler.enable(file)\n" + textwrap.dedent(RUNS_QUERY)
+    with Running(tmp_path, app=app) as server, server.send("os.abort()") as client:
+        assert receive_all(client) == b""
+        assert "Fatal Python error: Aborted" in read_file(tmp_path / "crashes")
 
 
 def test_a_thread_that_never_ends_holds_back_no_output(tmp_path: Any) -> None:
@@ -4037,8 +4060,12 @@ def test_a_second_signal_stops_at_once(tmp_path: Any) -> None:
 
 
 def test_a_stop_without_grace_kills_nothing_that_is_idle(tmp_path: Any) -> None:
-    with Running(tmp_path, "--graceful-timeout", "0", app=RUNS_QUERY) as server:
-        server.wait_end(server.run(""))
+    words = "--graceful-timeout", "0", "--connections-per-child", "0"
+    with Running(tmp_path, *words, app=RUNS_QUERY) as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(server.send(HELD, CLOSE)) for _ in range(6)]
+        server.wait_held(6)
+        server.go()
+        assert all(receive_answer(client).status == 200 for client in clients)
         assert server.stop() == 0 and not re.search("killed|died", server.errors())
 
 
@@ -5282,10 +5309,11 @@ def test_what_a_proxy_header_told_is_kept_over_rest_and_reload(tmp_path: Any) ->
 @needs_openssl
 def test_a_proxy_header_stands_before_tls(tmp_path: Any, certificates: str) -> None:
     words = "--proxy-protocol", "--forwarded-allow-ips", "127.0.0.1", "--certfile", certificates + "/server.both"
-    with Running(tmp_path, *words, app=RUNS_QUERY) as server, server.connect() as client:
+    with Running(tmp_path, *words, "--keep-alive", "0", app=RUNS_QUERY) as server, server.connect() as client:
         client.sendall(SIGNATURE + b"\x21\x11\0\x0c" + V4)
         wait_until(lambda: len(server.children()) == 2, "a process for what was sent")
         wait_until(lambda: len(server.children()) == 1, "a rest without a process", SLACK)
+        time.sleep(1.5 * webserver.TICK)  # the client has HEAD_TIMEOUT for its first byte, whatever the rest may last
         context = ssl.create_default_context(cafile=certificates + "/ca.pem")
         with context.wrap_socket(client, server_hostname="localhost") as secure:
             code = "answer = environ['REMOTE_ADDR'] + environ['wsgi.url_scheme']"
@@ -5754,8 +5782,8 @@ LAZY = """
                 time.sleep(60)
             except BaseException:
                 pass
-        short = [("Content-Length", "99")] if path == "/short" else []
-        start_response({"/no": "404 Not Found", "/busy": "503 Busy"}.get(path, "200 OK"), short)
+        fields = {"/short": [("Content-Length", "99")], "/no": [("Connection", "close")]}.get(path, [])
+        start_response({"/no": "404 Not Found", "/busy": "503 Busy"}.get(path, "200 OK"), fields)
         yield b"%s %d" % (environ["HTTP_HOST"].encode(), loaded[0])
         if path == "/large":
             yield b"x" * 10_000_000
@@ -6183,12 +6211,15 @@ def test_serves_from_python(tmp_path: Any) -> None:
         return [b"from Python"]
 
     webserver.serve(app, bind="127.0.0.1:%d", max_children=5, timeout=5, access_log="off")
-    print("and on")
+    import atexit, os, sys
+    atexit.register(print, "handler", flush=True)
+    if os.fork() == 0: sys.exit()
+    os.wait()
     """
     argv = (sys.executable, "-c", textwrap.dedent(code % port))
     with Running(tmp_path, argv=argv, bind="", port=port, PYTHONPATH=os.path.dirname(WEBSERVER)) as server:
         assert [server.get().body for _ in range(3)] == [b"from Python"] * 3
-        assert server.stop() == 0 and server.output() == "and on\n"
+        assert server.stop() == 0 and server.output() == "handler\n" * 2  # and on, as any program
 
 
 @pytest.mark.parametrize("name, value", [

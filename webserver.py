@@ -1003,10 +1003,11 @@ def serve_request(
     body = response.body
     if not (detail or response.is_closing) and (body is None or body.drain()):
         return True
-    # A client that wants the close itself sends no more, but over TLS its close_notify; and the kernel has sent a small
-    # response already. Else bytes that come behind the request would reset the rest of the response away.
-    is_expected = not (detail or response.request.is_persistent or stream.rest_timeout) and response.sent <= JOIN_SIZE
-    if not is_expected or stream.buffer or (body and (body.has_more_chunks or body.remaining)):
+    # A client that wants the close itself sends no more, but over TLS its close_notify. What comes in spite of that
+    # would reset away the rest of the response that the kernel still holds.
+    is_expected = not (detail or response.request.is_persistent or stream.rest_timeout)
+    is_sent = response.sent <= JOIN_SIZE or not count_unacknowledged(stream.sock)
+    if not (is_expected and is_sent) or stream.buffer or (body and (body.has_more_chunks or body.remaining)):
         stream.linger()
     return False
 
@@ -1769,7 +1770,8 @@ class Reactor:
 
     def hold(self, message: bytes, rights: bytes, least: float = 0.0) -> None:
         """Hold the connections in a message for --keep-alive, less the TICK that has passed, at least for `least`."""
-        deadline = time.monotonic() + max(self.options.keep_alive - TICK, least)
+        rest = max(self.options.keep_alive - TICK, least)
+        deadline = time.monotonic() + (self.head_timeout if self.options.certfile else rest)  # TLS has not begun yet
         for (fd,), memo in zip(DESCRIPTOR.iter_unpack(rights), message.split(b"\n")[1:]):
             self.make_room()
             self.rest(Connection(adopt(self.listener.family, fd), deadline, memo))
@@ -1813,7 +1815,7 @@ def close_all(fds: list[int]) -> None:
     first = end = -1  # of the run in hand
     for fd in [*sorted(fds), -1]:
         if fd != end:
-            if first < end:
+            if 0 <= first < end:
                 os.closerange(first, end)
             first = fd
         end = fd + 1
@@ -1882,6 +1884,7 @@ class Signals:
             if signal.getsignal(signum) in (self.on_signal, signal.SIG_IGN):
                 signal.signal(signum, handler or signal.SIG_DFL)
         self.detach = None
+        PARENTS.discard(os.getpid())
 
     def block(self) -> None:
         """Block the signals before the application forks."""
@@ -1896,14 +1899,12 @@ class Signals:
         self.masks.pop(get_ident(), None)
 
     def leave_server(self) -> None:
-        """Give up what is the server's, in a process that the application has forked; drop exit handlers in a child."""
-        if not self.detach:
-            drop_exit_handlers()  # before the fork hooks of the application, which may register new ones
-            return
-        self.detach()
-        self.release()
-        self.unblock()
-        self.masks.clear()
+        """Give up what is the server's, in the process that the application has forked."""
+        if self.detach:
+            self.detach()
+            self.release()
+            self.unblock()
+            self.masks.clear()
 
 
 class Queue:
@@ -2000,6 +2001,7 @@ class Parent:
         self.board, self.queue = child.slot.board, Queue(child.queue, child.slot.board)
         self.reload = Reload(options, signals, reactor, self.queue)
         signals.detach = None  # from here on, this process forks only children; `give_up` sets it in each
+        PARENTS.add(os.getpid())
         # A reload keeps the size of the scoreboard. The cap falls below `most` while the system refuses more processes.
         self.most = self.cap = min(options.max_children, len(self.board.pids))
         self.fork_at = 0.0  # when to fork the next child; 0: at once, and no new delay; UNBOUNDED: no fork is due
@@ -2120,11 +2122,11 @@ class Parent:
         self.cap = self.most  # the system may allow more again
         self.reactor.look_after(now)
         self.queue.look_after()
-        self.totals["timeouts"] += enforce_deadlines(now, self.options.timeout, self.board, self.interrupted)
         if not self.stop_at:
             self.reload.watch(now)
         elif now >= self.stop_at:
             self.is_over = end_service(now, self.stop_at, self.stop_at + self.grace, self.reactor, self.queue)
+        self.totals["timeouts"] += enforce_deadlines(now, self.options.timeout, self.board, self.interrupted)
 
     def stop(self) -> None:
         """Begin a graceful stop; if one has begun, stop at once."""
@@ -2167,7 +2169,7 @@ def end_service(now: float, stop_at: float, kill_at: float, reactor: Reactor, qu
     if not is_busy or now >= min(stop_at + LAST_CALL, (stop_at + kill_at) / 2):
         while reactor.close_longest_at_rest():
             pass
-        queue.board.retire(kill_at)
+        queue.board.retire(max(kill_at, now + TICK / 4))  # time to leave, also without any grace
         if is_late:
             reactor.ready.clear()
         if is_late or not (is_listening or reactor.ready or wait_readable(queue.channel.receiver, 0)):
@@ -2243,9 +2245,10 @@ def report(queue: Queue, reactor: Reactor, totals: dict[str, float]) -> None:
 
 def serve_alone(child: Child, reactor: Reactor, signals: Signals) -> None:
     """Serve without other processes (--no-fork), one request at a time, until the server is stopped."""
-    signal.set_wakeup_fd(-1)  # the signals that come in a request would fill the mailbox, which only this loop empties
     while not (signals.pending and signals.means_stop(signals.pending.pop(0))):
+        signal.set_wakeup_fd(signals.wakeup.fileno(), warn_on_full_buffer=False)
         reactor.wait(0.0 if reactor.ready or signals.pending else TICK)
+        signal.set_wakeup_fd(-1)  # the signals of a request would fill the mailbox, which only `wait` empties
         reactor.look_after(time.monotonic())
         if reactor.ready:
             connection = reactor.ready.popleft()
@@ -2281,12 +2284,13 @@ SPACE, MEMOS = socket.CMSG_SPACE(MAX_DESCRIPTORS * DESCRIPTOR.size), MAX_DESCRIP
 # How this program was started, to start it again: noted now, because the application may change all of it.
 STARTED_WITH = dict(os.environ)
 STARTED_AS = [sys.executable, *getattr(sys, "orig_argv", [sys.executable, *sys.argv])[1:]]
-STARTED_IN = os.environ.get("PWD", "")  # if it is right: with its symbolic links; one may lead to a new release later
 try:
-    if not (os.path.isabs(STARTED_IN) and os.path.exists(STARTED_IN) and os.path.samefile(STARTED_IN, ".")):
-        STARTED_IN = os.getcwd()
+    STARTED_IN = os.getcwd()
 except FileNotFoundError:
     raise SystemExit("webserver.py: the working directory was removed: change to another one") from None
+with suppress(KeyError, OSError):  # PWD has the symbolic links, one of which may lead to a new release later
+    if os.path.isabs(os.environ["PWD"]) and os.path.samefile(os.environ["PWD"], STARTED_IN):
+        STARTED_IN = os.environ["PWD"]
 
 
 class Reload:
@@ -2800,6 +2804,8 @@ def note_client(address: str | bytes, port: int) -> str:
 
 OTHER_DESCRIPTORS = 64  # that the parent needs besides those of connections
 EXIT_TIMEOUT = 5.0  # seconds for the exit handlers of the application, at the end of the server or in a reload
+PARENTS: set[int] = set()  # the pid of the process whose forks are children
+KEPT: list[Any] = []  # all objects from before the first fork: some only an exit handler has, which a child drops
 LIMITS: dict[str, int] = {}  # soft limits of a child: of descriptors, as at the start; of data, with what it inherits
 
 
@@ -2809,16 +2815,22 @@ def open_standard_files() -> None:
         os.set_inheritable(fd, True)
     os.close(fd)
     sys.stderr = sys.stderr or io.TextIOWrapper(io.FileIO(2, "w", closefd=False), line_buffering=True)
-    faulthandler.enable(2)  # a segfault then prints the Python stack
+    if not faulthandler.is_enabled():
+        faulthandler.enable(2)  # a segfault then prints the Python stack
 
 
 def drop_exit_handlers() -> None:
     """Drop the parent's exit handlers in a new child: they are for the process that has registered them."""
+    if os.getppid() not in PARENTS:
+        return
     atexit._clear()  # no public function clears them
     if (weakref := sys.modules.get("weakref")) and weakref.finalize._registered_with_atexit:  # finalizers likewise
         for finalizer in list(weakref.finalize._registry):
             finalizer.atexit = False
         weakref.finalize._registered_with_atexit = False  # the next one registers anew
+
+
+os.register_at_fork(after_in_child=drop_exit_handlers)  # before the hooks of the application, which may register others
 
 
 def become_child() -> None:
@@ -2957,8 +2969,7 @@ def make_shared_file(size: int) -> int:
 # ---- 19. Before the fork ----------------------------------------------------
 # What all processes inherit: an application that is loaded and warm, and nothing that a fork would double or lose.
 
-WARM_UP = b"GET %s HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n"
-REHEARSAL = b"GET / HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\nConnection: close\r\n\r\n"
+REHEARSAL = b"GET %s HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\nConnection: close\r\n\r\n"
 REHEARSALS = 12  # requests; then the interpreter has specialised the code that serves a request (PEP 659)
 LEFT_CONNECTION = "left a connection to %s open, which all processes share, and whose answers get mixed up: close it"
 LEFT_THREAD = "left a thread running, which only this process has, and no child (%s): start and end it in the request"
@@ -2988,12 +2999,11 @@ def load_service(load: Callable[[], Application], options: Options) -> partial[b
 def warm_up(application: Application, options: Options, target: str) -> None:
     """Serve a GET of this path or URL to ourselves; StartError if it fails or leaves something open."""
     before, began = find_opened(), time.monotonic()
-    sock: Any = WarmUpSocket(WARM_UP % target.encode())
-    quiet = options._replace(access_log="off", keep_alive=1.0)
+    sock: Any = WarmUpSocket(REHEARSAL % target.encode())
     with limit_time(options.timeout, "the warm-up", partial(os._exit, 1)):
-        is_at_rest = serve_connection(application, quiet, sock, ("127.0.0.1", 0), Slot(Scoreboard(1)))
+        serve_connection(application, options._replace(access_log="off"), sock, ("127.0.0.1", 0), Slot(Scoreboard(1)))
     ended = time.monotonic()
-    if not (is_at_rest or sock.is_closing) or sock.status >= 500:
+    if sock.has_failed or sock.status >= 500:
         reason = "its status is %d, and a traceback, if there is one, stands above" % sock.status
         raise StartError("GET %s has failed while warming up: %s" % (target, reason))
     while left := sorted(find_opened() - before):
@@ -3008,21 +3018,20 @@ class WarmUpSocket:
     """Owns the request of a warm-up and the status of its response. It has the methods of a socket that Stream uses."""
 
     def __init__(self, request: bytes) -> None:
-        self.request, self.status = request, 0
-        self.is_closing = False  # the application has asked for the close, which otherwise only an error causes
+        self.request, self.status, self.has_failed = request, 0, False
+
+    def fileno(self) -> int:
+        """Raise OSError: there is no descriptor."""
+        raise OSError
 
     def recv(self, *_: int) -> bytes:
-        """Return the request; BlockingIOError for a second one: the connection is at rest."""
-        if not self.request:
-            raise BlockingIOError
-        request, self.request = self.request, b""
+        """Return the request. Only `Stream.linger` calls again, behind the answer to an error: note that."""
+        request, self.request, self.has_failed = self.request, b"", not self.request
         return request
 
     def sendmsg(self, blocks: Sequence[bytes], *_: Any) -> int:
         """Drop the blocks, but note the status; return their size."""
-        if not self.status:
-            self.status = int(blocks[0][9:12])
-            self.is_closing = self.status < 400 and b"\r\nConnection: close\r\n" in blocks[0]
+        self.status = self.status or int(blocks[0][9:12])
         return sum(map(len, blocks))
 
     def send(self, data: bytes, *_: int) -> int:
@@ -3064,7 +3073,7 @@ def rehearse(times: int) -> None:
         child = Child(service, int(socket.AF_UNIX), Channel(), Scoreboard(1), options)
         for _ in range(times):
             client, server = socket.socketpair()
-            client.sendall(REHEARSAL)
+            client.sendall(REHEARSAL % b"/")
             client.shutdown(socket.SHUT_WR)  # else an error would be followed by a wait for the client
             child.queue.send(DEADLINE.pack(UNBOUNDED) + b"rehearsal", server.fileno())
             server.close()
@@ -3087,6 +3096,7 @@ def prepare_to_fork(options: Options) -> None:
     if "http" in sys.modules:  # a framework or a client of others: they encode host names, often in each request
         "localhost".encode("idna")  # loads the codec once for all: 1.5 times as many connections a second with Flask
     flush_output()  # else each child would flush a copy
+    KEPT[:] = gc.get_objects()
     # Without this, a collection in a child would write to all that the child has inherited, and so copy it. There is no
     # gc.collect() before it: each child would write to the memory that it frees, and so copy it (5 % of page faults).
     gc.freeze()
