@@ -779,10 +779,7 @@ class Response:
         self.is_complete = self.is_broken = False  # is_broken: the client has not taken all that was to be sent
 
     def send(self, block: bytes, is_last: bool = False) -> None:
-        """Send a block of the body: the head before the first one, the end of a chunked body behind the last one.
-
-        ClientGoneError; HTTPError as `frame`; AssertionError, TypeError, ValueError: a mistake of the application.
-        """
+        """Send a block; the first one with the head, the last one with the end of the body; ClientGoneError; as `frame`."""
         if self.is_complete:
             raise AssertionError("write() was called after the end of the response")
         if not isinstance(block, bytes):
@@ -1003,13 +1000,19 @@ def serve_request(
     body = response.body
     if not (detail or response.is_closing) and (body is None or body.drain()):
         return True
-    # A client that wants the close itself sends no more, but over TLS its close_notify. What comes in spite of that
-    # would reset away the rest of the response that the kernel still holds.
-    is_expected = not (detail or response.request.is_persistent or stream.rest_timeout)
-    is_sent = response.sent <= JOIN_SIZE or not count_unacknowledged(stream.sock)
-    if not (is_expected and is_sent) or stream.buffer or (body and (body.has_more_chunks or body.remaining)):
+    if detail or may_be_reset(response):
         stream.linger()
     return False
+
+
+def may_be_reset(response: Response) -> bool:
+    """Return whether the client may send more bytes, which would reset away what the kernel has not sent yet."""
+    stream, body = response.stream, response.body
+    # A client that wants the close itself sends no more, but over TLS its close_notify, and some old ones a CRLF.
+    if response.request.is_persistent or stream.rest_timeout or stream.buffer:
+        return True
+    has_body_left = body is not None and bool(body.has_more_chunks or body.remaining)
+    return has_body_left or (response.sent > JOIN_SIZE and count_unacknowledged(stream.sock) > 0)
 
 
 def recover(response: Response, error: BaseException) -> str:
@@ -1783,11 +1786,9 @@ class Reactor:
             self.selector.register(self.listener.sock, selectors.EVENT_READ, self.accept)
         self.is_paused = False
         for connection in [c for c in self.resting.values() if now >= c.deadline]:
-            if connection.seen:
-                self.make_ready(connection)
-                continue
-            self.look_at(connection)  # of bytes that came while this process was stopped, there was no event yet
-            if now >= connection.deadline:
+            # A look, since bytes that came while this process was stopped have caused no event yet.
+            (self.make_ready if connection.seen else self.look_at)(connection)
+            if now >= connection.deadline and connection.sock.fileno() in self.resting:
                 self.drop(connection)
 
     def stop_listening(self, is_late: bool) -> bool:
