@@ -779,7 +779,7 @@ class Response:
         self.is_complete = self.is_broken = False  # is_broken: the client has not taken all that was to be sent
 
     def send(self, block: bytes, is_last: bool = False) -> None:
-        """Send a block; the first one with the head, the last one with the end of the body; ClientGoneError; as `frame`."""
+        """Send a block: the first with the head, the last with the end of the body; ClientGoneError; as `frame`."""
         if self.is_complete:
             raise AssertionError("write() was called after the end of the response")
         if not isinstance(block, bytes):
