@@ -3356,6 +3356,15 @@ def test_a_head_that_is_cut_off_does_not_keep_the_parent_busy(tmp_path: Any) -> 
         server.wait_spare()
 
 
+def test_closes_what_a_child_does_not_need_and_nothing_between() -> None:
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(8)]
+    kept = [held[2], held[5]]
+    webserver.close_all(held[6:] + held[:2] + held[3:5])  # three runs, in no order
+    assert [fd for fd in held if os.path.exists("/dev/fd/%d" % fd)] == kept
+    webserver.close_all(kept)
+    webserver.close_all([])
+
+
 # ---- 14. Parent -------------------------------------------------------------
 
 

@@ -1554,7 +1554,7 @@ class Child:
         sock, memo = adopt(self.family, *DESCRIPTOR.unpack(rights)), message[DEADLINE.size :]
         if sock.fileno() <= 2:  # the application has closed a standard file: this client would get the log lines
             self.slot.memo = memo
-            self.give_back(sock)
+            self.give_back(sock)  # to the parent, for another process
             return None
         return sock, DEADLINE.unpack_from(message)[0], memo
 
@@ -2915,11 +2915,11 @@ def end_application(last_step: Callable[[], NoReturn]) -> NoReturn:
 
 @contextmanager
 def limit_time(seconds: float, what: str, last_step: Callable[[], NoReturn]) -> Iterator[None]:
-    """Raise Overdue in the block after these seconds and in each TICK from then on, up to KILL_AFTER; then end."""
+    """Raise Overdue in the block after these seconds and then in each TICK; KILL_AFTER later, do the last step."""
     deadline = time.monotonic() + seconds + KILL_AFTER
 
     def interrupt(*_: Any) -> None:
-        """Raise Overdue, or end the program."""
+        """Raise Overdue, or do the last step."""
         if time.monotonic() < deadline:
             raise Overdue
         write_line(2, "webserver.py: %s takes too long and cannot be interrupted" % what)
@@ -3086,7 +3086,8 @@ def rehearse(times: int) -> None:
 
 
 def prepare_to_fork(options: Options) -> None:
-    """Note the memory limit; load a codec, flush, and freeze, once for all children; StartError."""
+    """Keep all objects, note the memory limit, load a codec, flush, and freeze, once for all children; StartError."""
+    KEPT[:] = gc.get_objects()
     if options.limit_memory:  # what is allowed beyond what a child inherits (getrlimit(2), RLIMIT_DATA)
         try:
             with open("/proc/self/status", "rb") as file:
@@ -3097,7 +3098,6 @@ def prepare_to_fork(options: Options) -> None:
     if "http" in sys.modules:  # a framework or a client of others: they encode host names, often in each request
         "localhost".encode("idna")  # loads the codec once for all: 1.5 times as many connections a second with Flask
     flush_output()  # else each child would flush a copy
-    KEPT[:] = gc.get_objects()
     # Without this, a collection in a child would write to all that the child has inherited, and so copy it. There is no
     # gc.collect() before it: each child would write to the memory that it frees, and so copy it (5 % of page faults).
     gc.freeze()
