@@ -5889,6 +5889,13 @@ def test_a_process_that_is_forked_at_import_does_not_hold_the_port(tmp_path: Any
             os.kill(pid, signal.SIGKILL)
 
 
+def test_a_process_that_is_forked_at_import_ends_by_its_own_exception(tmp_path: Any) -> None:
+    code = "import os\nif os.fork() == 0: raise LookupError('in the fork')\nended = os.wait()[1] >> 8\n"
+    app = code + textwrap.dedent(ANSWERS % "%d").replace('b"%d"', 'b"%d" % ended')
+    with Running(tmp_path, app=app) as server:
+        assert server.get().body == b"1" and "LookupError: in the fork" in server.errors()
+
+
 def test_a_rehearsal_that_fails_neither_hangs_nor_hides_an_interrupt(monkeypatch: Any, capfd: Any) -> None:
     def fail(*_: Any) -> None:
         raise error
@@ -6198,16 +6205,18 @@ def test_without_fork_the_signals_of_a_request_hold_up_nobody(tmp_path: Any) -> 
 
 def test_without_fork_a_process_of_the_application_leaves_the_server_alone(tmp_path: Any) -> None:
     path = "/tmp/webserver-test-%d.sock" % os.getpid()
-    code = "import sys\nif os.fork() == 0: sys.exit(3)\nos.wait()\nanswer = 'served'"
+    ends = ("sys.exit(3)", 3), ("raise LookupError('in the fork')", 1)
     with Running(tmp_path, "--no-fork", app=RUNS_QUERY, bind="unix:" + path) as server:
-        for _ in range(2):
+        for end, status in ends:
+            code = "import sys\nif os.fork() == 0: %s\nanswer = os.wait()[1] >> 8" % end
             with socket.socket(socket.AF_UNIX) as client:
                 client.settimeout(PATIENCE)
                 client.connect(path)
                 client.sendall(get(CLOSE, target=make_target(code).encode()))
-                assert receive_answer(client).body == b"served"
+                assert receive_answer(client).body == b"%d" % status
         server.process.send_signal(signal.SIGHUP)  # without a terminal it is no stop
-        assert server.stop() == 0 and "Traceback" not in server.errors()
+        assert server.stop() == 0 and server.errors().count("Traceback") == 1
+        assert "LookupError: in the fork" in server.errors()
 
 
 def test_serves_from_python(tmp_path: Any) -> None:

@@ -1505,20 +1505,17 @@ class Child:
 
     def run(self, index: int, give_up: Callable[[], None]) -> NoReturn:
         """Give up what is the parent's, serve as the child in this slot, and exit: the parent's code must not go on."""
-        status = 1
+        failure: BaseException | None = None
         try:
             self.slot.attach(self.slot.board, index, os.getpid())  # first: `give_up` may fail, and a signal may come
             give_up()
             self.serve_connections()
-            status = 0
-        except SystemExit as error:  # in a process that the application has forked
-            status = error.code if isinstance(error.code, int) else int(error.code is not None)
         except BaseException as error:
-            log_exception(error)
+            failure = error
         finally:
             self.slot.mark_silent()  # the exit has a deadline, too; `mark_progress` would tell of a request in hand
             give_way()  # else a client on this processor waits a millisecond more: the exit takes that long
-            exit_child(status)
+            exit_child(failure)
 
     def serve_connections(self) -> None:
         """Serve connections from the queue, up to --connections-per-child, or until this child is to leave."""
@@ -1606,9 +1603,30 @@ class Child:
                 sock.close()
 
 
-def exit_child(status: int) -> NoReturn:
-    """End the process as the interpreter would (threads, exit handlers, buffers), with no way back to the caller."""
+@contextmanager
+def contain_forks() -> Iterator[None]:
+    """In the block, end a process that the application forks where it would return into the code of the server."""
+    pid = os.getpid()
     try:
+        yield
+    except BaseException as error:
+        if os.getpid() == pid:
+            raise
+        exit_child(error)
+    if os.getpid() != pid:
+        exit_child(None)
+
+
+def exit_child(failure: BaseException | None) -> NoReturn:
+    """End the process as the interpreter would (traceback, threads, exit handlers, buffers), with no way back."""
+    status = 1
+    try:
+        if isinstance(failure, SystemExit):  # in a process that the application has forked
+            status = failure.code if isinstance(failure.code, int) else int(failure.code is not None)
+        elif failure:
+            log_exception(failure)
+        else:
+            status = 0
         with suppress(ClientSilentError):  # from `Child.on_signal`, after the timeout
             if threading := sys.modules.get("threading"):
                 threading._shutdown()  # what CPython itself calls at its end; there is no public name
@@ -2253,11 +2271,8 @@ def serve_alone(child: Child, reactor: Reactor, signals: Signals) -> None:
         reactor.look_after(time.monotonic())
         if reactor.ready:
             connection = reactor.ready.popleft()
-            try:
+            with contain_forks():
                 child.serve(connection.sock, connection.deadline, connection.memo)
-            finally:
-                if child.slot.pid != os.getpid():
-                    exit_child(0)  # in a process that the application has forked
     log("stopping")
     while reactor.close_longest_at_rest():
         pass
@@ -2978,10 +2993,10 @@ LEFT_THREAD = "left a thread running, which only this process has, and no child 
 
 def load_service(load: Callable[[], Application], options: Options) -> partial[bool]:
     """Read certificates, drop privileges, load and warm up the application; return the service; StartError."""
-    pid, transport = os.getpid(), Transport(options)
+    transport = Transport(options)
     if options.user and not options.check:
         drop_privileges(options.user)
-    try:
+    with contain_forks():
         before, application = select.select, transport.wrap(load())
         if select.select != before:  # the selector, too, would wait for greenlets of the parent
             raise StartError("the application has patched the standard library, as gevent does: leave that out")
@@ -2990,9 +3005,6 @@ def load_service(load: Callable[[], Application], options: Options) -> partial[b
                 log("the application has " + trouble)
             for target in options.warm_up:
                 warm_up(application, options, target)
-    finally:
-        if pid != os.getpid():
-            exit_child(0)  # a process that the application has forked
     has_preface = options.certfile or options.proxy_protocol  # else nothing precedes HTTP on a connection
     return partial(serve_connection, application, options, transport=transport if has_preface else None)
 
