@@ -4090,6 +4090,20 @@ def test_a_request_that_came_while_the_parent_was_stopped_is_answered(tmp_path: 
         assert read_answer(client).status == 200
 
 
+def test_a_pause_of_all_processes_is_not_blamed_on_the_application(tmp_path: Any) -> None:
+    """As by `docker pause`: the request has a TICK to go on before its deadline counts."""
+    app = HELD + "time.sleep(0.3)\nanswer = 'in time'"
+    with Running(tmp_path, "--timeout", "0.5", app=RUNS_QUERY) as server, server.send(app) as client:
+        (child,) = server.wait_held()
+        for pid in (server.pid, child):
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(3 * webserver.TICK)
+        server.go()
+        for pid in (server.pid, child):
+            os.kill(pid, signal.SIGCONT)
+        assert read_answer(client).body == b"in time"
+
+
 def test_the_graceful_timeout_kills_the_rest_and_says_so(tmp_path: Any) -> None:
     with Running(tmp_path, "--graceful-timeout", "1", app=RUNS_QUERY) as server:
         with server.send(HELD, path="/held") as busy:
@@ -5596,6 +5610,13 @@ def can_connect(server: Running) -> bool:
     return False
 
 
+@pytest.mark.parametrize("limit, number", [("RLIMIT_NOFILE", 9), ("RLIMIT_FSIZE", 512)])
+def test_a_limit_that_is_too_low_to_start_is_named_in_one_sentence(tmp_path: Any, limit: str, number: int) -> None:
+    popen = {"preexec_fn": lambda: resource.setrlimit(getattr(resource, limit), (number, number))}
+    ended = run_command(tmp_path, "--bind", "127.0.0.1:%d" % free_port(), popen=popen)
+    assert ended.returncode == 1 and re.fullmatch("webserver.py: a limit of the system is too low.*\n", ended.stderr)
+
+
 @pytest.mark.parametrize("closed", [(0,), (2,), (0, 2), (0, 1, 2)], ids=str)
 def test_started_with_closed_descriptors_no_log_line_goes_astray(tmp_path: Any, closed: tuple[int, ...]) -> None:
     code = """
@@ -6192,6 +6213,15 @@ def test_no_fork_serves_in_one_process_and_ends_by_control_c(tmp_path: Any) -> N
         assert time.monotonic() - began < 4 * webserver.TICK
         server.stop(signal.SIGINT)
         assert "KeyboardInterrupt" not in server.errors()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_without_fork_a_profiler_saves_what_it_has_found(tmp_path: Any, signum: int) -> None:
+    argv = (sys.executable, "-m", "cProfile", "-o", "profile", WEBSERVER)
+    with Running(tmp_path, "--no-fork", app=ANSWERS % "ok", argv=argv) as server:
+        assert server.get().body == b"ok"
+        server.stop(signum)
+        assert os.path.exists(str(tmp_path / "profile"))
 
 
 def test_without_fork_the_signals_of_a_request_hold_up_nobody(tmp_path: Any) -> None:

@@ -1501,7 +1501,7 @@ class Child:
         if options.no_fork:  # the only process: if it waited for one client, all other clients would wait, too
             self.slot.retire()
         self.sock: socket.SocketType | None = None  # the connection in hand
-        self.interrupted = 0.0  # the `since` of the last interruption, so that none is interrupted twice
+        self.interrupted = 0.0  # the `since` at the last SIGALRM
 
     def run(self, index: int, give_up: Callable[[], None]) -> NoReturn:
         """Give up what is the parent's, serve as the child in this slot, and exit: the parent's code must not go on."""
@@ -1589,11 +1589,13 @@ class Child:
             self.slot.retire(time.monotonic() + self.options.graceful_timeout)
         elif signum == signal.SIGALRM:
             since = self.slot.since[self.slot.index]
-            if since in (0.0, self.interrupted) or time.monotonic() - abs(since) <= self.options.timeout:
-                return  # the request was done when the signal came, or was interrupted already
-            self.interrupted = since
-            # Negative: other signals have restarted the wait for the client again and again.
-            raise Overdue if since > 0 else ClientSilentError
+            if since == 0.0 or time.monotonic() - abs(since) <= self.options.timeout:
+                return  # the request was done when the signal came
+            # An application is interrupted once. A wait for the client, which other signals have restarted again and
+            # again, ends only at the second signal: at the first, a request that has just come would be lost.
+            is_first, self.interrupted = since != self.interrupted, since
+            if is_first == (since > 0):
+                raise Overdue if since > 0 else ClientSilentError
 
     def detach(self) -> None:
         """Give up what is the server's, in a process that the application has forked: only the child may answer."""
@@ -2116,7 +2118,7 @@ class Parent:
                 else:
                     self.reload.end_check(*ended)
         if self.stop_at or self.reload.has_passed:  # then `watch` acts at once
-            self.tick_at = 0.0
+            self.tick_at = time.monotonic()
 
     def record_exit(self, pid: int, status: int) -> None:
         """Free the slot of a child that was reaped; log its end if the status is not 0, or a request was in hand."""
@@ -2137,6 +2139,7 @@ class Parent:
 
     def watch(self, now: float) -> None:
         """Do what is due in each TICK, and four times as often during a stop or with --reload."""
+        was_stopped = now > self.tick_at + TICK  # as by `docker pause`: then the children were, too
         self.tick_at = now + (TICK / 4 if self.stop_at or self.options.reload else TICK)
         self.cap = self.most  # the system may allow more again
         self.reactor.look_after(now)
@@ -2145,7 +2148,8 @@ class Parent:
             self.reload.watch(now)
         elif now >= self.stop_at:
             self.is_over = end_service(now, self.stop_at, self.stop_at + self.grace, self.reactor, self.queue)
-        self.totals["timeouts"] += enforce_deadlines(now, self.options.timeout, self.board, self.interrupted)
+        if not was_stopped:  # else the children have another TICK, to see what has come meanwhile
+            self.totals["timeouts"] += enforce_deadlines(now, self.options.timeout, self.board, self.interrupted)
 
     def stop(self) -> None:
         """Begin a graceful stop; if one has begun, stop at once."""
@@ -2157,7 +2161,7 @@ class Parent:
             notify("STOPPING=1")
             self.board.order(STOPPING, True)
             self.reload.cancel()
-        self.tick_at = 0.0
+        self.tick_at = time.monotonic()
 
 
 def find_ended(pids: list[int]) -> Iterator[tuple[int, int]]:
@@ -2827,9 +2831,11 @@ LIMITS: dict[str, int] = {}  # soft limits of a child: of descriptors, as at the
 
 def open_standard_files() -> None:
     """Open descriptors 0 to 2 if they are closed: else a connection would get one, and its client the log lines."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(fd, True)
-    os.close(fd)
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:  # closed: open(2) returns it, as the lowest that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stderr = sys.stderr or io.TextIOWrapper(io.FileIO(2, "w", closefd=False), line_buffering=True)
     if not faulthandler.is_enabled():
         faulthandler.enable(2)  # a segfault then prints the Python stack
@@ -3430,8 +3436,11 @@ def run(
     signals.catch(*(SIGNALS[1:] if options.no_fork else SIGNALS))  # SIGINT is the debugger's
     open_standard_files()  # once more: the application may have closed one
     options = options._replace(max_connections=raise_descriptor_limit(options.max_connections))
-    board = Scoreboard(0, kept[0] if kept else make_shared_file(FIRST_SLOT + options.max_children * SLOT_SIZE))
-    reactor, child = Reactor(listener, mailbox, options), Child(service, listener.family, mailbox, board, options)
+    try:
+        board = Scoreboard(0, kept[0] if kept else make_shared_file(FIRST_SLOT + options.max_children * SLOT_SIZE))
+        reactor, child = Reactor(listener, mailbox, options), Child(service, listener.family, mailbox, board, options)
+    except OSError as error:  # of descriptors or of files; or there is neither memfd_create nor a writable folder
+        raise StartError("a limit of the system is too low (ulimit -n, ulimit -f): %s" % error) from None
     for close_copy in (child.detach, reactor.close_copies, child.queue.sender.close, reactor.selector.close):
         held.callback(close_copy)
     held.callback(os.close, board.fd)
@@ -3452,19 +3461,22 @@ def run(
     log("stopped")
 
 
-def main() -> int:
-    """Run the command line; return the exit status."""
+def main() -> NoReturn:
+    """Run the command line, and exit."""
     sys.path.insert(0, os.getcwd())
+    name, options = parse_command_line(os.environ.get("WEBSERVER_OPTIONS", "").split() + sys.argv[1:])
+    status = 0
     try:
-        name, options = parse_command_line(os.environ.get("WEBSERVER_OPTIONS", "").split() + sys.argv[1:])
         start(partial(load_application, name), options)
     except StartError as reason:
         write_line(2, "webserver.py: %s" % reason)
-        return reason.status
+        status = reason.status
     except KeyboardInterrupt:  # before the loop, or with --no-fork
-        return 130
-    return 0
+        status = 130
+    if options.no_fork:
+        sys.exit(status)  # a profiler, or coverage, which may run this program, then saves what it has found
+    end_application(partial(os._exit, status))
 
 
 if __name__ == "__main__":
-    end_application(partial(os._exit, main()))
+    main()
