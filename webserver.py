@@ -1524,12 +1524,12 @@ class Child:
             # these copies are no part of its time, of which they would be a third.
             rehearse(1)
         while taken := self.receive_connection():
-            is_given_back = self.serve(*taken)
+            self.serve(*taken)
             self.left -= 1
             if self.left == 0 or self.slot.must_leave(time.monotonic()):
                 break
             self.slot.mark_waiting(True)
-            if self.slot.is_told(PRESSED) and not is_given_back:  # the parent has a request for this child, and sleeps
+            if self.slot.is_told(PRESSED):  # the parent may have a request for this child, and sleep
                 with suppress(OSError):  # the mailbox is full: the parent is awake
                     self.mailbox.send(b"free")
         self.slot.mark_waiting(False)  # else `record_exit` would take this for a child that died unused
@@ -1555,20 +1555,17 @@ class Child:
             return None
         return sock, DEADLINE.unpack_from(message)[0], memo
 
-    def serve(self, sock: socket.SocketType, deadline: float | None, memo: bytes) -> bool:
-        """Serve a connection until it ends, or until it is at rest; return whether it was given back to the parent."""
+    def serve(self, sock: socket.SocketType, deadline: float | None, memo: bytes) -> None:
+        """Serve a connection until it ends, or until it is at rest and the parent has it back."""
         self.sock, self.slot.memo = sock, memo
         try:
             address = sock.getpeername()
         except OSError:  # the client has reset the connection
             sock.close()
-            return False
+            return
         self.slot.mark_client(strip_mapping(address[0]).encode() if isinstance(address, tuple) else b"unix")
-        while self.service(sock, address, self.slot, deadline):
-            if self.give_back(sock):
-                return True
+        while self.service(sock, address, self.slot, deadline) and not self.give_back(sock):
             deadline = None  # the mailbox is full: wait for the client once more
-        return False
 
     def give_back(self, sock: socket.SocketType) -> bool:
         """Send a connection at rest to the parent, and close it here; return False if the mailbox is full."""
