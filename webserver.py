@@ -568,7 +568,6 @@ class Body(io.RawIOBase):
         self.limit = limit - self.remaining  # bytes that further chunks may hold
         self.awaits_continue = request.expects_continue  # until the body is read or the response begins
         self.collected = memoryview(b"")  # the beginning of a chunked body that is too large to be buffered whole
-        self.untouched = 0  # its length before the application has read any of it
         self.failure: tuple[int, str] | None = None  # not the exception, whose frames refer to this body
         self.extensions = 0  # bytes of chunk extensions so far
         self.is_behind_chunk = False  # the CRLF that ends the chunk in hand is still to come
@@ -635,11 +634,11 @@ class Body(io.RawIOBase):
             environ["wsgi.input"], environ["CONTENT_LENGTH"] = io.BytesIO(content), str(len(content))
             return
         environ["wsgi.input"] = io.BufferedReader(self, RECEIVE_SIZE)
-        self.collected, self.untouched = memoryview(content), len(content)
+        self.collected = memoryview(content)
 
     def check_use(self) -> None:
         """Log advice if the application has ended and has read nothing of a streamed chunked body."""
-        if self.untouched and self.untouched == len(self.collected):
+        if len(self.collected) > self.buffer_limit:  # one read of the BufferedReader leaves less
             size = "a chunked body of more than %d bytes" % self.buffer_limit
             log_throttled("the application has read nothing of %s: raise --buffer-chunked for it" % size)
 
