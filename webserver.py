@@ -1494,8 +1494,7 @@ class Child:
     def __init__(self, service: Service, family: int, mailbox: Channel, board: Scoreboard, options: Options) -> None:
         self.service, self.family, self.queue, self.mailbox = service, family, Channel(), mailbox
         self.options = options
-        self.connections = options.connections_per_child  # kept here: a look-up in Options costs each fork some pages
-        self.left = self.connections  # of them; if there is no limit, it is negative from the first connection on
+        self.left = options.connections_per_child  # if there is no limit, it is negative from the first connection on
         self.slot = Slot(board)
         if options.no_fork:  # the only process: if it waited for one client, all other clients would wait, too
             self.slot.retire()
@@ -2063,7 +2062,7 @@ class Parent:
             if spare < 0:  # the system has refused a fork for which a request was put in already
                 self.board.order(PRESSED, True)
             return self.fork_at
-        if spare < 0 and self.child.connections == 1:
+        if spare < 0 and self.child.left == 1:
             self.fork_at = now
         elif self.fork_at == UNBOUNDED or (spare < 0 < self.fork_at <= now and self.queue.count_taken() >= self.ahead):
             self.fork_at, self.ahead = now + FORK_DELAY, self.queue.put_in
