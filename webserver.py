@@ -52,9 +52,6 @@ from functools import lru_cache, partial
 from _thread import get_ident  # threading.get_ident, without the import of threading
 from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, NoReturn, Sequence
 
-if not hasattr(os, "fork"):
-    raise SystemExit("webserver.py needs a POSIX system: this one has no fork")
-
 __version__ = "1.1"
 PRODUCT = "webserver.py/" + __version__
 
