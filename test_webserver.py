@@ -5329,6 +5329,28 @@ def test_what_a_proxy_header_told_is_kept_over_rest_and_reload(tmp_path: Any) ->
         assert set(re.findall(r"^192\.0\.2\.(\d)", server.output(), re.M)) == {"0", "1", "2", "3"}
 
 
+@on_linux
+def test_a_reload_hands_over_what_thousands_of_proxy_headers_told(tmp_path: Any) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(4096, soft), hard))
+    words = "--proxy-protocol", "--forwarded-allow-ips", "127.0.0.1", "--connections-per-child", "0"
+    ask = get(target=make_target("answer = environ['REMOTE_ADDR']").encode())
+    with Running(tmp_path, *words, app=RUNS_QUERY) as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(server.connect()) for _ in range(3400)]
+        name = "2001:db8:1234:5678:9abc:def0:1234:%x"  # a long one: the messages between processes have little room
+        for number, client in enumerate(clients):
+            client.sendall(b"PROXY TCP6 " + (name % number).encode() + b" ::1 54321 80\r\n" + ask)
+        for client in clients:
+            assert read_answer(client).status == 200
+        wait_until(lambda: len(list_files(server.pid)) > len(clients), "the rest")
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: server.errors().count("serving on") == 2, "the reload")
+        for client in clients:
+            client.sendall(ask)
+        for number, client in enumerate(clients):
+            assert read_answer(client).body.decode() == name % number
+
+
 @needs_openssl
 def test_a_proxy_header_stands_before_tls(tmp_path: Any, certificates: str) -> None:
     words = "--proxy-protocol", "--forwarded-allow-ips", "127.0.0.1", "--certfile", certificates + "/server.both"

@@ -2366,6 +2366,7 @@ class Reload:
         """Become the new program; return if that is refused, or if a signal is pending, which must be handled first."""
         try:
             carried = Channel()  # for the connections that no child has
+            carried.sender.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)  # if the system allows
         except OSError as error:  # EMFILE
             self.has_passed = False
             self.refuse("cannot hand over the connections: %s" % error.strerror)
@@ -2385,7 +2386,7 @@ class Reload:
             fds, memos = zip(*held[first : first + MAX_DESCRIPTORS])
             try:
                 carried.send(BACK + b"\n".join(memos), *fds)
-            except OSError as error:  # over 70,000 connections, or more than the user may have in messages (unix(7))
+            except OSError as error:  # more than there is room for, or than the user may have in messages (unix(7))
                 log("connections at rest are lost in the reload: %s" % error.strerror)
         sockets = self.reactor.listener.sock, mailbox.receiver, mailbox.sender, carried.receiver, carried.sender
         # execve(2) runs no exit handler: what the old code has started would go on.
