@@ -63,7 +63,7 @@ Application = Callable[[Environ, StartResponse], Iterable[bytes]]
 
 # ---- Part one: HTTP and WSGI ------------------------------------------------
 # ---- 1. Options and limits --------------------------------------------------
-# The options, and every fixed limit with its reason and the status code that answers an excess, in bytes and seconds.
+# The options, and the limits of part one: the reason, the status code that answers an excess; in bytes and seconds.
 
 
 # One entry for each field of Options, in their order, for the command line and the check of the options: the metavar,
@@ -145,7 +145,7 @@ class StartError(Exception):
 
 
 class ClientGoneError(Exception):
-    """The client has closed, was cut off or does not read: no answer can reach it. Argument: the bytes sent before."""
+    """The client has closed, was cut off or does not read: no answer reaches it. Argument: bytes that `send` sent."""
 
 
 class ClientSilentError(Exception):
@@ -232,9 +232,9 @@ class Stream:
         self.pace: Pace | None = None  # of the request in hand; None before the first wait for its client
 
     def receive_at_rest(self, deadline: float | None) -> None:
-        """Receive the first bytes of a request; ClientGoneError if the client has closed; OSError.
+        """Receive the first bytes of a request; ClientGoneError if the client has closed, OSError for a reset.
 
-        BlockingIOError if none come in a second, over TLS by the deadline, or if this process must leave.
+        BlockingIOError if none come in a second; over TLS, if none come by the deadline, or this process may not wait.
         """
         self.pace = None
         while True:
@@ -277,9 +277,9 @@ class Stream:
             raise HTTPError(408, "the %s was not complete in time" % what) from None
 
     def read_line(self, limit: int, excess: str = "too long a line in the chunked body") -> bytes:
-        """Return the next line without its CRLF (RFC 9112 §2.2); HTTPError as soon as it is too long or lacks CR."""
+        """Return the next line of a chunked body without its CRLF; HTTPError as soon as it is too long or lacks CR."""
         while (end := self.buffer.find(b"\n", 0, limit + 2)) < 0:
-            require(self.buffer[limit : limit + 2] in (b"", b"\r"), 400, excess)
+            require(self.buffer[limit : limit + 2] in (b"", b"\r"), 400, excess)  # at most `limit` bytes and a CR
             require(self.receive_more(), 400, "the client closed inside the chunked body")
         line, self.buffer = self.buffer[:end], self.buffer[end + 1 :]
         require(line.endswith(b"\r"), 400, "a bare LF in the chunked body")
@@ -326,7 +326,7 @@ class Stream:
     def linger(self) -> None:
         """End our side, then drop what still comes: a close with unread bytes may lose the response (RFC 9112 §9.6)."""
         until = time.monotonic() + LINGER_TIMEOUT
-        with suppress(OSError, ClientSilentError):  # the client has gone, or has been silent for a second
+        with suppress(OSError, ClientSilentError):  # it has gone, or is silent for a second; `Child.on_signal`
             self.sock.shutdown(socket.SHUT_WR)
             while self.slot.mark_silent() < until:
                 is_hasty = self.slot.is_told(STOPPING | PRESSED)  # then drop only what is here already
