@@ -389,7 +389,7 @@ class Request(NamedTuple):
 
 
 def read_head(stream: Stream, deadline: float | None) -> bytes:
-    """Return the next head with its empty line; HTTPError if it cannot become one, or is not whole by the deadline."""
+    """Return the next head with its empty line; HTTPError if it cannot become one or is late; as `receive_at_rest`."""
     if stream.preface:
         deadline = stream.preface(deadline)
     if not stream.buffer:
@@ -398,7 +398,7 @@ def read_head(stream: Stream, deadline: float | None) -> bytes:
             stream.buffer = b""
             return stream.previous_head
     checked = 0
-    while (end := stream.buffer.find(b"\r\n\r\n", max(checked - 3, 0))) < 0:
+    while (end := stream.buffer.find(b"\r\n\r\n", max(checked - 3, 0))) < 0:  # it may have come in two parts
         if stream.buffer == b"\r\n":  # old clients send it after a body, and may rest behind it (RFC 9112 §2.2)
             stream.receive_at_rest(deadline)
             continue
@@ -414,8 +414,8 @@ def check_partial_head(data: bytes, checked: int) -> None:
     """Refuse now, not at the deadline, bytes that cannot become a head; `checked` of them were checked before."""
     require(not data.startswith(b"\x16\x03"), 400, "a TLS handshake on a port without TLS")
     require(not BAD_HEAD_BYTE.search(data, max(checked - 1, 0)), 400, "a control byte or a bare CR or LF in the head")
-    is_short = len(data) < MAX_REQUEST_LINE + 4
-    require(is_short or b"\r\n" in data[2 : MAX_REQUEST_LINE + 4], 414, "a request-line that does not end")
+    most = MAX_REQUEST_LINE + 4  # with its CRLF, and an empty line before it, which `data[2:]` skips
+    require(len(data) < most or b"\r\n" in data[2:most], 414, "a request-line that does not end")
     require(len(data) <= MAX_HEAD, 431, "a head that does not end")
 
 
@@ -494,9 +494,10 @@ def parse_fields(lines: list[bytes], parse_line: Callable[[bytes], tuple[str, st
         if "_" in name:  # in the environ, X_Y would pass for X-Y
             log_throttled("a field with an underscore in its name is dropped: send its name with a hyphen")
             continue
-        if name in fields and name in SINGLETON_FIELDS:
-            raise HTTPError(400, "a second " + name.title())
-        fields[name] = fields[name] + ("; " if name == "cookie" else ", ") + value if name in fields else value
+        if name in fields:
+            require(name not in SINGLETON_FIELDS, 400, "a second " + name.title())
+            value = fields[name] + ("; " if name == "cookie" else ", ") + value
+        fields[name] = value
     return fields
 
 
@@ -519,11 +520,10 @@ def parse_list(value: str) -> list[str]:
 
 def check_host(host: bytes, detail: str) -> None:
     """Refuse a host that is not uri-host [ ":" port ], or is empty (RFC 9110 §4.2.1)."""
-    match = HOST.fullmatch(host)
-    try:
-        require(match and (not match[1] or socket.inet_pton(socket.AF_INET6, match[1].decode())), 400, detail)
-    except OSError:
-        raise HTTPError(400, detail) from None
+    with suppress(OSError):  # not an IPv6 address
+        if (match := HOST.fullmatch(host)) and (not match[1] or socket.inet_pton(socket.AF_INET6, match[1].decode())):
+            return
+    raise HTTPError(400, detail)
 
 
 def parse_framing(version: str, fields: dict[str, str]) -> int | None:
