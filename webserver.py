@@ -575,7 +575,7 @@ class Body(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Copy the next bytes into the buffer, for io.RawIOBase; return their number, 0 at the end of the body."""
+        """Copy the next bytes into the buffer, for io.RawIOBase; return their number, 0 at the end; HTTPError."""
         if self.collected:
             count = min(len(self.collected), len(buffer))
             buffer[:count], self.collected = self.collected[:count], self.collected[count:]
@@ -621,7 +621,7 @@ class Body(io.RawIOBase):
             self.has_more_chunks = False
 
     def add_input(self, environ: Environ) -> None:
-        """Set wsgi.input, and CONTENT_LENGTH for a chunked body that is small enough to be buffered."""
+        """Set wsgi.input, and CONTENT_LENGTH for a chunked body that is small enough to be buffered; HTTPError."""
         # Django, Bottle and most of Falcon read no body without CONTENT_LENGTH. A body larger than --buffer-chunked is
         # left to applications that know wsgi.input_terminated, as those of Flask and Pyramid do.
         was_chunked, content = self.has_more_chunks, bytearray()
@@ -633,9 +633,9 @@ class Body(io.RawIOBase):
         environ["wsgi.input"] = io.BufferedReader(self, RECEIVE_SIZE)
         self.collected = memoryview(content)
 
-    def check_use(self) -> None:
+    def log_unread(self) -> None:
         """Log advice if the application has ended and has read nothing of a streamed chunked body."""
-        if len(self.collected) > self.buffer_limit:  # one read of the BufferedReader leaves less
+        if len(self.collected) > self.buffer_limit:  # all of it: one read of the BufferedReader leaves less
             size = "a chunked body of more than %d bytes" % self.buffer_limit
             log_throttled("the application has read nothing of %s: raise --buffer-chunked for it" % size)
 
@@ -657,7 +657,7 @@ class Body(io.RawIOBase):
 
 def make_connection_environ(sock: socket.SocketType, address: Any, is_multiprocess: bool) -> Environ:
     """Return the part of the environ that all requests of a connection share."""
-    name = sock.getsockname()  # like the client's address, a str for a Unix socket
+    name = sock.getsockname()  # like the client's address, a str for a unix socket
     server, port = name[:2] if isinstance(name, tuple) else ("localhost", 80)
     server = strip_mapping(server)
     client, client_port = address[:2] if isinstance(address, tuple) else ("", "")
@@ -734,7 +734,7 @@ def run_application(application: Application, environ: Environ, response: Respon
         if hasattr(blocks, "close"):
             blocks.close()
     if response.body:
-        response.body.check_use()
+        response.body.log_unread()
 
 
 class ResponseHead(NamedTuple):
