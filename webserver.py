@@ -389,7 +389,7 @@ class Request(NamedTuple):
 
 
 def read_head(stream: Stream, deadline: float | None) -> bytes:
-    """Return the next head with its empty line; HTTPError if it cannot become one or is late; as `receive_at_rest`."""
+    """Return the next head with its empty line; HTTPError if it is none, or late; the errors of `receive_at_rest`."""
     if stream.preface:
         deadline = stream.preface(deadline)
     if not stream.buffer:
@@ -693,7 +693,7 @@ def make_request_environ(request: Request) -> Environ:
 # The application's status, headers and blocks -> bytes (PEP 3333; RFC 9110 §6.4 and §8.6, RFC 9112 §6 and §7). One send
 # takes the head and the first block that is not empty, except for a file. The framing is decided just before.
 
-DATE = "Date: {0}, {2} {1} {4} {3} GMT\r\n\r\n"  # with the empty line behind it (RFC 9110 §6.6.1)
+DATE = "Date: {weekday}, {day} {month} {year} {clock} GMT\r\n\r\n"  # with the empty line behind it (RFC 9110 §6.6.1)
 PLAIN_KINDS = [(kind, io.FileIO) for kind in (io.FileIO, io.BufferedReader, io.BufferedRandom)]  # file, its `raw`
 
 
@@ -775,7 +775,7 @@ class Response:
         self.is_complete = self.is_broken = False  # is_broken: the client has not taken all that was to be sent
 
     def send(self, block: bytes, is_last: bool = False) -> None:
-        """Send a block: the first with the head, the last with the end of the body; ClientGoneError; as `frame`."""
+        """Send a block: the first with the head, the last with the end; ClientGoneError; the errors of `frame`."""
         if self.is_complete:
             raise AssertionError("write() was called after the end of the response")
         if not isinstance(block, bytes):
@@ -842,7 +842,7 @@ class Response:
         return True
 
     def frame(self, size: int | None) -> Framing:
-        """Decide the framing, for a body of this size (None: unknown); HTTPError if that of the request has failed."""
+        """Decide the framing, for a body of this size (None: unknown); HTTPError if the request's body has failed."""
         if self.head is None:
             raise AssertionError("the application did not call start_response")
         if self.body:
@@ -883,7 +883,7 @@ def make_framing(
     if is_closing or is_http10:
         lines += b"Connection: close\r\n" if is_closing else b"Connection: keep-alive\r\n"
     lines += b"\r\n" if head.has_date else format_time(DATE, second).encode()
-    bound = 0 if not has_body else UNBOUNDED if length is None else length
+    bound = (UNBOUNDED if length is None else length) if has_body else 0
     return Framing(lines, bound, has_body, is_chunked, is_closing, bound == UNBOUNDED and not is_chunked)
 
 
@@ -893,7 +893,7 @@ def parse_response_head(status: str, response_headers: tuple[tuple[str, str], ..
     # What passes here reaches the client byte for byte: a CR LF in it would split the response in two.
     if not isinstance(status, str) or not STATUS.fullmatch(status):
         raise ValueError("not a status such as '200 OK': %r" % (status,))
-    # What was checked is sent: join and these methods of str read a subclass of it; % and + would call its methods.
+    # What was checked is sent, also of a subclass of str: join, str.lower and str.strip do not call its methods.
     lines, length, names = ["HTTP/1.1 ", status, "\r\n" if " " in status else " \r\n"], None, set()
     for header in response_headers:
         if not (isinstance(header, tuple) and len(header) == 2 and all(isinstance(part, str) for part in header)):
@@ -1052,7 +1052,7 @@ def log_access(style: str, response: Response, environ: Environ, began: float, d
     request = response.request
     facts = {
         "client": str(environ.get("REMOTE_ADDR") or "-"),
-        "time": format_time("{2}/{1}/{4}:{3} +0000", int(time.time())),
+        "time": format_time("{day}/{month}/{year}:{clock} +0000", int(time.time())),
         "request": request.line.decode("latin-1"), "bytes": response.sent,
         "status": response.head.status if response.head else 0,  # 0: the client went before it was answered
         "referer": request.fields.get("referer", "-"), "user_agent": request.fields.get("user-agent", "-"),
@@ -1074,9 +1074,9 @@ def log_access(style: str, response: Response, environ: Environ, began: float, d
 
 @lru_cache(maxsize=2)
 def format_time(template: str, second: int) -> str:
-    """Return the time in UTC; the template gets the parts of asctime(3), since strftime(3) depends on the locale."""
+    """Return the time in UTC; the template names parts of asctime(3), since strftime(3) depends on the locale."""
     weekday, month, day, clock, year = time.asctime(time.gmtime(second)).split()
-    return template.format(weekday, month, day.zfill(2), clock, year)
+    return template.format(weekday=weekday, month=month, day=day.zfill(2), clock=clock, year=year)
 
 
 def escape(text: str) -> str:
