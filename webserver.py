@@ -1013,12 +1013,12 @@ def may_be_reset(response: Response) -> bool:
 
 def recover(response: Response, error: BaseException) -> str:
     """Answer with the error, or cut the response off so that the client notices; return the detail for the log."""
-    causes = {
-        ClientGoneError: (0, "the client has gone"), Overdue: (504, "the application took too long"),
+    causes: dict[type[BaseException], Any] = {
+        HTTPError: error.args, ClientGoneError: (0, "the client has gone"),
+        Overdue: (504, "the application took too long"),
         MemoryError: (500, "the application wanted more memory than it may have (--limit-memory)"),
     }  # fmt: skip
-    default = next((causes[kind] for kind in causes if isinstance(error, kind)), (500, "the application failed"))
-    status, detail = error.args if isinstance(error, HTTPError) else default
+    status, detail = next((causes[kind] for kind in causes if isinstance(error, kind)), (500, "the application failed"))
     with suppress(ClientGoneError):  # then the log has the status that the client would have got
         if response.framing is None and status:
             line = "%d %s" % (status, REASONS[status])
@@ -1041,7 +1041,7 @@ def recover(response: Response, error: BaseException) -> str:
 
 MAX_LOGGED = (2000, 600, 60)  # characters of each text in an access log line: the first that lets the line fit PIPE_BUF
 MAX_TRACEBACK = 16384  # characters; a longer one loses its middle
-QUIET = 60.0  # seconds between two log lines about the same trouble
+QUIET = 60.0  # seconds between two log lines about the same problem
 LAST_LOGGED = memoryview(mmap.mmap(-1, 8192)).cast("d")  # by the hash of a text: when a process has logged it
 UNSAFE = re.compile(r"[^ !#-\[\]-~]")  # not visible ASCII, or a quote, or a backslash
 COMBINED = '%(client)s - - [%(time)s] "%(request)s" %(status)d %(bytes)d "%(referer)s" "%(user_agent)s" %(seconds).6f'
@@ -1102,7 +1102,7 @@ def log(text: str) -> None:
 
 
 def log_throttled(text: str) -> None:
-    """Log a trouble that may last, at most once in QUIET seconds, whichever process has it."""
+    """Log a problem that may last, at most once in QUIET seconds, whichever process has it."""
     now, key = time.monotonic(), hash(text) % len(LAST_LOGGED)
     if not LAST_LOGGED[key] or now - LAST_LOGGED[key] >= QUIET:
         LAST_LOGGED[key] = now
