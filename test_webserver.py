@@ -348,7 +348,7 @@ def connected(application: Any = echo, orders: int = 0, **options: Any) -> Itera
     """The client's end of a connection that the server serves in a thread; on leaving, the server must have ended."""
     client, server = socket.socketpair()
     client.settimeout(PATIENCE)
-    webserver.set_clock(server)
+    webserver.limit_waits(server)
     settings = webserver.Options(**{"access_log": "off", **options})
     slot = webserver.Slot(webserver.Scoreboard(1))
     slot.board.order(orders, True)
@@ -2500,7 +2500,7 @@ def test_gives_back_a_connection_that_is_at_rest(quick: None) -> None:
     client, server = socket.socketpair()
     settings = webserver.Options(access_log="off")
     with client, server, bounded():
-        webserver.set_clock(server)
+        webserver.limit_waits(server)
         assert webserver.serve_connection(hello, settings, server, "", SLOT)
         client.sendall(GET + GET)
         client.shutdown(socket.SHUT_WR)

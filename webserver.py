@@ -1129,8 +1129,7 @@ def log_exception(error: BaseException) -> None:
 # ---- Part two: processes ----------------------------------------------------
 # The parent accepts connections and holds those that no child works at. When the next head of a connection is there,
 # the parent puts the connection into the queue. A child that waits there takes it, serves it, and gives it back when
-# the client has been silent for a second. The parent consumes no byte of a client; once it serves, it calls no
-# application.
+# the client is silent for a second. The parent consumes no byte of a client; once it serves, it calls no application.
 #
 # ---- 10. Listening socket ---------------------------------------------------
 # An address -> a socket that listens: opened here, or inherited from a service manager (socket(7), sd_listen_fds(3)).
@@ -1158,8 +1157,8 @@ class Listener:
         self.path = os.path.abspath(self.sock.getsockname()) if self.is_unix and not self.is_foreign else ""
         self.file_stat = os.stat(self.path) if os.path.exists(self.path) else None
         self.sock.setblocking(False)
-        set_clock(self.sock)
-        if not self.is_unix:  # a TCP connection inherits the clock, and these options (tcp(7))
+        limit_waits(self.sock)
+        if not self.is_unix:  # a TCP connection inherits that limit, and these options (tcp(7))
             # Without TCP_NODELAY, a small block waits 40 ms for the acknowledgement of the block before it.
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if hasattr(socket, "TCP_DEFER_ACCEPT"):  # accepted with its first bytes, mostly a whole head
@@ -1169,7 +1168,7 @@ class Listener:
         """Return the next connection; OSError as from accept(2), BlockingIOError if there is none."""
         sock = adopt(self.family, self.sock._accept()[0])  # `_accept` is private to CPython, and the same since 3.0
         if self.is_unix:
-            set_clock(sock)
+            limit_waits(sock)
         return sock
 
     def close(self) -> None:
@@ -1182,13 +1181,13 @@ class Listener:
 
 
 def adopt(family: int, fd: int) -> socket.SocketType:
-    """Return a socket for the descriptor of a connection; it blocks, since `set_clock` bounds only such a wait."""
+    """Return a socket for the descriptor of a connection; it blocks, since `limit_waits` bounds only such a wait."""
     sock = socket.SocketType(family, STREAM, 0, fd)
     sock.setblocking(True)  # an application may set a default timeout; on BSD it inherits O_NONBLOCK from the listener
     return sock
 
 
-def set_clock(sock: socket.SocketType) -> None:
+def limit_waits(sock: socket.SocketType) -> None:
     """Have each wait on the socket end after a second."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, ONE_SECOND)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, ONE_SECOND)
@@ -1230,7 +1229,7 @@ def parse_address(bind: str) -> Sequence[Any]:
 
 
 def bind_tcp(host: str, port: int) -> socket.socket:
-    """Return a socket bound to this address; without a host, to all addresses of both families."""
+    """Return a socket bound to this address; without a host, to all addresses of both families; StartError; OSError."""
     is_dual = not host and socket.has_dualstack_ipv6()
     name = "::" if is_dual else host or "0.0.0.0"
     try:  # bytes: for a str, getaddrinfo imports the idna codec, which each fork would copy: 4 % more page faults
@@ -1239,7 +1238,7 @@ def bind_tcp(host: str, port: int) -> socket.socket:
         raise StartError("there is no host %r; choose an address of this machine" % host, 2) from None
     family, kind, protocol, _, address = found[0]
     listener = socket.socket(family, kind, protocol)
-    # Without it, bind(2) fails while connections of a former server are in TIME_WAIT (socket(7)).
+    # Without SO_REUSEADDR, bind(2) fails while connections of a former server are in TIME_WAIT (socket(7)).
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if family == socket.AF_INET6:
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not is_dual)
@@ -1248,7 +1247,7 @@ def bind_tcp(host: str, port: int) -> socket.socket:
 
 
 def bind_unix(path: str, mode: str) -> socket.socket:
-    """Return a socket bound to a path; replace a socket file on which no server listens any more (unix(7))."""
+    """Return a socket bound to a path; replace a file on which no server listens any more (unix(7)); OSError."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -1459,7 +1458,7 @@ class Channel:
         self.receiver, self.sender = ends
         self.receiver.setblocking(True)
         self.sender.setblocking(False)
-        set_clock(self.receiver)
+        limit_waits(self.receiver)
 
     def send(self, message: bytes, *fds: int) -> None:
         """Send a message at once; BlockingIOError if there is no room for it, another OSError as from sendmsg(2)."""
