@@ -1279,8 +1279,8 @@ STOPPING, PRESSED = 1, 2  # orders: the server is to stop; requests wait, and no
 WANTED, LATE = 4, 8  # a request waits until the parent has forked; it has waited for longer than LATE_AFTER
 FIRST_SLOT, TEXTS = 8, 56  # offsets in bytes: of slot 0, behind the orders; of the texts of slot 0, behind its numbers
 RECORD = struct.Struct("=44s196s")  # the client, and the request-line
-give_way = getattr(os, "sched_yield", lambda: None)  # sched_yield(2), which not every system has
 SLOT_SIZE = 36 * 8  # six numbers and a record; small, so that the first slots share one page of memory
+give_way = getattr(os, "sched_yield", lambda: None)  # sched_yield(2), which not every system has
 
 
 class Scoreboard:
@@ -1342,7 +1342,7 @@ class Slot:
     """Owns one slot of the scoreboard, in which a serving process writes what it does."""
 
     def __init__(self, board: Scoreboard) -> None:
-        self.client, self.line = b"", b""
+        self.client, self.line = b"", b""  # as last written
         self.check_at = 0.0  # when to look again at the parent and `leave_by`; 0: after each request
         self.memo = b""  # what a PROXY header has told of the connection in hand
         self.attach(board, 0, os.getpid())
@@ -1410,7 +1410,7 @@ class Slot:
         now = time.monotonic()
         if not self.must_leave(now):
             return not self.is_told(PRESSED)
-        is_in_time = now + TICK < self.leave_by[self.index] < UNBOUNDED  # a reload or a stop; nothing else sets a time
+        is_in_time = now + TICK < self.leave_by[self.index] < UNBOUNDED  # set by a reload, a stop or SIGTERM
         return is_in_time and not self.is_told(PRESSED | STOPPING)
 
     def end_request(self) -> bool:
@@ -1439,7 +1439,7 @@ class Slot:
 #
 # WARNING: a descriptor in a message is a copy. The sender closes its own, and the connection lives on in the receiver.
 
-Service = Callable[[socket.SocketType, Any, Slot, "float | None"], bool]
+Service = Callable[[socket.SocketType, Any, Slot, "float | None"], bool]  # serve_connection, the application given
 DEADLINE, DESCRIPTOR = struct.Struct("d"), struct.Struct("i")
 IDLE_AFTER = 0.005  # seconds without a request until a new child rehearses: the processor is idle then
 BACK = b"back\n"  # behind it, a line with the memo of each descriptor that is given back
@@ -1515,7 +1515,7 @@ class Child:
         """Serve connections from the queue, up to --connections-per-child, or until this child is to leave."""
         if not (self.slot.is_told(WANTED) or wait_readable(self.queue.receiver, IDLE_AFTER)):
             # The first write to a page that is shared with the parent copies the page. Done before the first request,
-            # these copies are no part of its time, of which they would be a third.
+            # these copies are no part of its time, of which they would be a third. `rehearse` itself finds a request.
             rehearse(1)
         while taken := self.receive_connection():
             self.serve(*taken)
@@ -1575,7 +1575,7 @@ class Child:
         return True
 
     def on_signal(self, signum: int) -> None:
-        """Handle a signal; ignore SIGINT: a terminal sends it to the children, too, and the parent alone acts."""
+        """Handle a signal, but not SIGINT, which a terminal sends to children, too; Overdue; ClientSilentError."""
         if signum == signal.SIGTERM:
             self.slot.retire(time.monotonic() + self.options.graceful_timeout)
         elif signum == signal.SIGALRM:
@@ -1585,12 +1585,14 @@ class Child:
             # An application is interrupted once. A wait for the client, which other signals have restarted again and
             # again, ends only at the second signal: at the first, a request that has just come would be lost.
             is_first, self.interrupted = since != self.interrupted, since
-            if is_first == (since > 0):
-                raise Overdue if since > 0 else ClientSilentError
+            if since > 0 and is_first:
+                raise Overdue
+            if since < 0 and not is_first:
+                raise ClientSilentError
 
     def detach(self) -> None:
         """Give up what is the server's, in a process that the application has forked: only the child may answer."""
-        self.slot.attach(Scoreboard(1), 0, self.slot.pid)
+        self.slot.attach(Scoreboard(1), 0, self.slot.pid)  # the child's pid: by it `serve_request` sees the difference
         for sock in (self.sock, self.queue.receiver, self.mailbox.sender):
             if sock:
                 sock.close()
@@ -1598,7 +1600,7 @@ class Child:
 
 @contextmanager
 def contain_forks() -> Iterator[None]:
-    """In the block, end a process that the application forks where it would return into the code of the server."""
+    """End a process that the application forks in the block, where it would return into the code of the server."""
     pid = os.getpid()
     try:
         yield
@@ -2275,7 +2277,6 @@ def serve_alone(child: Child, reactor: Reactor, signals: Signals) -> None:
 
 
 # ---- Part three: what production adds ---------------------------------------
-#
 # ---- 15. Reload -------------------------------------------------------------
 # New code without a lost request, a closed connection or a new pid. WARNING: each step relies on the one before.
 #
