@@ -1654,7 +1654,7 @@ class Connection:
 def find_group(host: str) -> Any:
     """Return what identifies a client: its IPv4 address, or the /64 of its IPv6 address, all of which it may use."""
     host = strip_mapping(host)
-    with suppress(OSError):  # a part of an address, which its child is just writing to the scoreboard
+    with suppress(OSError):  # a part of an address, which its child is just writing to the scoreboard: None
         return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8] if ":" in host else host
 
 
@@ -1697,7 +1697,7 @@ class Reactor:
                 self.look_at(connection)
 
     def accept(self) -> bool:
-        """Accept connections from the kernel's queue; if there is no room, pause until `look_after`; return False."""
+        """Accept connections from the kernel's queue; return whether there is room: else pause until `look_after`."""
         deadline = time.monotonic() + self.head_timeout
         for _ in range(ACCEPT_AT_ONCE):
             # A new connection may take the place of the one longest at rest, but not of one in line for a child.
@@ -1805,7 +1805,7 @@ class Reactor:
                 self.drop(connection)
 
     def stop_listening(self, is_late: bool) -> bool:
-        """Accept the kernel's queue; close the listener unless some have no room yet; return whether it is closed."""
+        """Accept the kernel's queue; close the listener if none is left, or it is late; return whether it is closed."""
         if not self.listener.is_foreign:
             self.listener.sock.listen(0)  # the kernel's queue takes one newcomer at most: the loop below ends
         while (are_left := wait_readable(self.listener.sock, 0)) and self.accept():
@@ -1829,7 +1829,7 @@ def close_all(fds: list[int]) -> None:
     first = end = -1  # of the run in hand
     for fd in [*sorted(fds), -1]:
         if fd != end:
-            if 0 <= first < end:
+            if first >= 0:
                 os.closerange(first, end)
             first = fd
         end = fd + 1
