@@ -3374,13 +3374,13 @@ def test_children_step_back_while_a_request_waits_long_for_a_fork() -> None:
     board.allot()
     queue.put_in = 1
     for now, is_late in (10.0, False), (10.04, False), (10.06, True), (10.2, True):
-        queue.check_lateness(now)
+        queue.order_late(now)
         assert slot.is_told(webserver.LATE) is is_late, now
     board.order(webserver.WANTED, True)
     began = time.monotonic()
     assert slot.end_request() and time.monotonic() > began + 0.06
     board.taken[0] = 1
-    queue.check_lateness(10.3)
+    queue.order_late(10.3)
     assert not slot.is_told(webserver.LATE) and slot.is_told(webserver.WANTED)
 
 

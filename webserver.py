@@ -1847,7 +1847,7 @@ FORK_DELAY = 0.01  # seconds without a spare child until the next fork; a child 
 LATE_AFTER = 0.05  # seconds between two checks; a request that both find in the queue makes children step back
 SORT_EVERY = 0.05  # seconds between two sorts of the requests that wait: each reads the whole scoreboard
 ADVICE_AFTER, EXPENSIVE, FEW_REQUESTS = 100, 20.0, 4  # processes reaped; per process: ms of processor, requests
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD, signal.SIGALRM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD, signal.SIGALRM)  # SIGINT first
 
 
 class Signals:
@@ -1929,7 +1929,7 @@ class Queue:
         self.put_in = 0  # connections, since the start of this program
         self.taken_before = -sum(board.taken)  # by children that are reaped, less those taken before a reload
         self.fair_at = 0.0  # when the requests that wait are sorted again
-        self.late_at, self.put_in_then = 0.0, 0  # when `check_lateness` is due; `put_in` at the last one
+        self.late_at, self.put_in_then = 0.0, 0  # when `order_late` is due; `put_in` at the last one
         self.least_spare = 0  # the fewest spare children since the last TICK
         self.uncounted = 0  # at the last TICK: connections that have left the queue and that no child has counted
         self.stuck_spares: set[int] = set()  # slots of children that waited at the last TICK beside a request in line
@@ -1966,8 +1966,8 @@ class Queue:
         """Return how many connections the children have taken out."""
         return self.taken_before + sum(self.board.taken[: self.board.used])
 
-    def check_lateness(self, now: float) -> None:
-        """Tell children to step back if a request that was put in before the last check is still in the queue."""
+    def order_late(self, now: float) -> None:
+        """Give LATE if a request that was put in before the last check is still in the queue, else withdraw it."""
         if now >= self.late_at:
             self.board.order(LATE, self.count_taken() < self.put_in_then)
             self.late_at, self.put_in_then = now + LATE_AFTER, self.put_in
@@ -1991,7 +1991,7 @@ class Queue:
         uncounted = self.put_in - self.count_taken()  # taken just now, or by a child that died before it counted
         self.taken_before += min(uncounted, self.uncounted)
         self.uncounted = uncounted
-        with suppress(OSError):
+        with suppress(OSError):  # the queue is full
             for _ in range(self.least_spare - 1):
                 self.channel.send(b"leave")
         self.least_spare = len(waiting)
@@ -2054,23 +2054,23 @@ class Parent:
         # The delay leaves the processor to the child that answers. If children serve several connections, a request
         # waits for it, too; then the delay starts anew if all requests that were put in before it have been taken.
         is_enough = spare > 0 or len(self.board.children) >= self.cap
-        if is_enough or (self.stop_at and (spare == 0 or now >= self.stop_at + self.grace)):
+        if is_enough or (self.stop_at and (spare == 0 or now >= self.stop_at + self.grace)):  # in a stop: no spare one
             self.fork_at = UNBOUNDED
             self.board.order(WANTED | LATE, False)
             if spare < 0:  # the system has refused a fork for which a request was put in already
                 self.board.order(PRESSED, True)
             return self.fork_at
-        if spare < 0 and self.child.left == 1:
+        if spare < 0 and self.options.connections_per_child == 1:
             self.fork_at = now
         elif self.fork_at == UNBOUNDED or (spare < 0 < self.fork_at <= now and self.queue.count_taken() >= self.ahead):
             self.fork_at, self.ahead = now + FORK_DELAY, self.queue.put_in
         self.fork_at = max(self.fork_at, self.fork_again_at)
         self.board.order(WANTED, spare < 0 and now >= self.fork_at)
         if now >= self.fork_at:
-            self.queue.check_lateness(now)
+            self.queue.order_late(now)
             self.fork()
-            # `spare` was counted before this fork.
-            self.fork_at = UNBOUNDED if spare >= 0 else now if spare < -1 else now + FORK_DELAY
+            # `spare` was counted before this fork, which has left requests, none, or a spare child.
+            self.fork_at = now if spare < -1 else now + FORK_DELAY if spare < 0 else UNBOUNDED
         return self.fork_at
 
     def fork(self) -> None:
@@ -2182,7 +2182,7 @@ def end_service(now: float, stop_at: float, kill_at: float, reactor: Reactor, qu
     children, is_late = queue.board.children, now >= kill_at
     is_listening = reactor.listener.sock.fileno() >= 0 and not reactor.stop_listening(is_late)
     is_busy = reactor.resting or reactor.ready or queue.count_spare() != len(children)
-    if not is_busy or now >= min(stop_at + LAST_CALL, (stop_at + kill_at) / 2):
+    if not is_busy or now >= min(stop_at + LAST_CALL, (stop_at + kill_at) / 2):  # at most half of the grace
         while reactor.close_longest_at_rest():
             pass
         queue.board.retire(max(kill_at, now + TICK / 4))  # time to leave, also without any grace
@@ -2239,7 +2239,7 @@ def give_advice(totals: dict[str, float]) -> None:
 
 
 def count_processor() -> float:
-    """Return the milliseconds of processor that all processes reaped so far have used (times(2))."""
+    """Return the milliseconds of processor time that all processes reaped so far have used (times(2))."""
     return sum(os.times()[2:4]) * 1000  # children_user and children_system
 
 
