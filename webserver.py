@@ -2507,7 +2507,7 @@ def make_tls_context(options: Options) -> Any:
 
 
 def accept_tls(context: Any, stream: Stream, deadline: float) -> TLSSocket:
-    """Return the TLS session of a connection; ClientGoneError if the handshake fails; HTTPError if plain HTTP comes."""
+    """Return the TLS session of a connection; ClientGoneError if the handshake fails, HTTPError for HTTP; OSError."""
     if not stream.buffer:
         stream.receive_at_rest(deadline)
     if not stream.buffer.startswith(b"\x16"):  # the type of a handshake record (RFC 8446 §5.1)
@@ -2544,7 +2544,7 @@ class TLSSocket:
         return getattr(self.sock, name)
 
     def attempt(self, step: Callable[[], Any]) -> Any:
-        """Repeat a step of the session until it has its records; return its result, BlockingIOError after a second."""
+        """Repeat a step of the session until it has its records; return its result; BlockingIOError after a second."""
         until = time.monotonic() + TICK  # else a record that comes byte by byte would extend the wait
         while True:
             if len(self.unsent) > RECEIVE_SIZE:  # of TLS 1.3, which the client may ask for without end
@@ -2594,7 +2594,7 @@ class TLSSocket:
         self.is_ended = True
         with suppress(OSError):  # the client's own close_notify is not waited for
             self.session.unwrap()
-        with suppress(OSError):
+        with suppress(OSError):  # the kernel takes nothing now, or the client has gone
             self.push(DONT_WAIT)
         self.sock.shutdown(how)
 
@@ -2710,7 +2710,7 @@ class Trust:
         return any(parsed in network for network in self.networks)
 
     def find_client(self, hops: str) -> str:
-        """Return the client in X-Forwarded-For: the first hop from the right that is not listed, else the leftmost."""
+        """Return the client in X-Forwarded-For: first hop from the right not listed, else the leftmost; HTTPError."""
         client: Any = ""
         for hop in reversed(hops.split(",")):  # the client can forge all that stands left of its address
             match = HOP.fullmatch(hop.strip(" \t"))
@@ -2785,7 +2785,7 @@ def parse_proxy_header(data: bytes) -> tuple[int, str] | None:
         return None
     if not (match := PROXY_LINE.fullmatch(data[:end])):
         raise HTTPError(400, "a malformed PROXY header")
-    return end, note_client((match[1] or match[2]).decode(), int(match[3])) if match[3] else "-"  # UNKNOWN
+    return end, (note_client((match[1] or match[2]).decode(), int(match[3])) if match[3] else "-")  # UNKNOWN
 
 
 def parse_binary_proxy_header(data: bytes) -> tuple[int, str] | None:
@@ -2823,7 +2823,7 @@ LIMITS: dict[str, int] = {}  # soft limits of a child: of descriptors, as at the
 
 
 def open_standard_files() -> None:
-    """Open descriptors 0 to 2 if they are closed: else a connection would get one, and its client the log lines."""
+    """Open descriptors 0 to 2 if closed (else a connection gets one, and its client the log); enable faulthandler."""
     for fd in range(3):
         try:
             os.fstat(fd)
@@ -3218,7 +3218,7 @@ def accepts(found: Any, count: int) -> bool:
 
 def find_function(found: Any) -> Any:
     """Return the function or method that a call of the object runs."""
-    if issubclass(type(found), type):
+    if issubclass(type(found), type):  # isinstance would tell mypy that `__init__` is that of an instance
         return types.MethodType(found.__init__, found)
     return found if isinstance(found, (types.FunctionType, types.MethodType)) else found.__call__
 
@@ -3424,7 +3424,7 @@ def run(
     service: Service, options: Options, listener: Listener, mailbox: Channel, signals: Signals, held: ExitStack,
     kept: list[int],
 ) -> None:  # fmt: skip
-    """Serve with children, or without, until a signal stops the server."""
+    """Serve with children, or without, until a signal stops the server; StartError if a limit is too low for that."""
     signals.act = signals.pending.append
     signals.catch(*(SIGNALS[1:] if options.no_fork else SIGNALS))  # SIGINT is the debugger's
     open_standard_files()  # once more: the application may have closed one
@@ -3437,7 +3437,7 @@ def run(
     for close_copy in (child.detach, reactor.close_copies, child.queue.sender.close, reactor.selector.close):
         held.callback(close_copy)
     held.callback(os.close, board.fd)
-    if kept:  # children may have ended while nothing noted it; and connections that no child had at the reload
+    if kept:  # while it loaded, children may have ended; the channel has the connections that no child had before
         signals.pending.append(signal.SIGCHLD)
         carried = Channel(*kept[4:])
         with suppress(BlockingIOError):
