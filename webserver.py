@@ -2170,8 +2170,8 @@ def find_ended(pids: list[int]) -> Iterator[tuple[int, int]]:
 
 def give_up(child: Child, reactor: Reactor, signals: Signals) -> None:
     """Close what is the parent's, in a new child. The sender of the mailbox stays: `give_back` and signals use it."""
-    for sock in (child.queue.sender, child.mailbox.receiver):
-        os.close(sock.fileno())
+    child.queue.sender.close()
+    child.mailbox.receiver.close()
     reactor.close_copies()
     signals.act, signals.detach = child.on_signal, child.detach
     become_child()
