@@ -556,7 +556,7 @@ def parse_framing(version: str, fields: dict[str, str]) -> int | None:
 
 
 class Body(io.RawIOBase):
-    """Owns the framing of one message body (RFC 9112 §6 and §7)."""
+    """Owns the framing of one message body (RFC 9112 §6 and §7); HTTPError if it is announced as too large."""
 
     def __init__(self, stream: Stream, request: Request, limit: int, buffer_limit: int) -> None:
         self.stream, self.buffer_limit = stream, buffer_limit
@@ -691,7 +691,7 @@ def make_request_environ(request: Request) -> Environ:
 
 # ---- 7. Response ------------------------------------------------------------
 # The application's status, headers and blocks -> bytes (PEP 3333; RFC 9110 §6.4 and §8.6, RFC 9112 §6 and §7). One send
-# takes the head and the first block that is not empty, except for a file. The framing is decided just before.
+# takes the head and the first block that is not empty. What breaks PEP 3333 is AssertionError, TypeError or ValueError.
 
 DATE = "Date: {weekday}, {day} {month} {year} {clock} GMT\r\n\r\n"  # with the empty line behind it (RFC 9110 §6.6.1)
 PLAIN_KINDS = [(kind, io.FileIO) for kind in (io.FileIO, io.BufferedReader, io.BufferedRandom)]  # file, its `raw`
@@ -2181,7 +2181,7 @@ def end_service(now: float, stop_at: float, kill_at: float, reactor: Reactor, qu
     """Stop listening; after LAST_CALL, close what is at rest and let children finish; return whether all is over."""
     children, is_late = queue.board.children, now >= kill_at
     is_listening = reactor.listener.sock.fileno() >= 0 and not reactor.stop_listening(is_late)
-    is_busy = reactor.resting or reactor.ready or queue.count_spare() != len(children)
+    is_busy = reactor.resting or reactor.ready or queue.count_spare() != len(children)  # one is at work
     if not is_busy or now >= min(stop_at + LAST_CALL, (stop_at + kill_at) / 2):  # at most half of the grace
         while reactor.close_longest_at_rest():
             pass
@@ -2657,7 +2657,7 @@ class Transport:
         """Return the application, wrapped if proxies are believed or if it is mounted under --script-name."""
 
         def wrapped(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-            """Set what a proxy tells of its client and the path below SCRIPT_NAME, then call the application."""
+            """Set what a proxy tells of its client and the path below SCRIPT_NAME; call the application; HTTPError."""
             if self.trust:
                 believe_proxy(environ, self.trust)
             if self.mount:
@@ -2686,7 +2686,7 @@ class Transport:
 
 
 class Trust:
-    """Owns the list of the peers that are believed."""
+    """Owns the list of the peers that are believed; StartError if one is malformed."""
 
     def __init__(self, words: str) -> None:
         import ipaddress
@@ -3442,7 +3442,7 @@ def run(
         carried = Channel(*kept[4:])
         with suppress(BlockingIOError):
             while True:
-                reactor.hold(*carried.receive(DONT_WAIT, SPACE, MEMOS), reactor.head_timeout)
+                reactor.hold(*carried.receive(DONT_WAIT, SPACE, MEMOS), least=reactor.head_timeout)
         carried.close()
     prepare_to_fork(options)
     if os.geteuid() == 0:
