@@ -4741,6 +4741,7 @@ def certificates(tmp_path_factory: Any) -> str:
         path = "%s/%s" % (folder, name)
         write_file(path + ".both", read_file(path + ".pem") + read_file(path + ".key"))
     openssl("pkey", "-in", "server.key", "-aes128", "-passout", "pass:secret", "-out", "locked.key")
+    openssl("genrsa", "-out", "rsa.key", "2048")
     write_file(folder + "/nothing.pem", "no certificate")
     return folder
 
@@ -4766,6 +4767,7 @@ TLS_MISTAKES = [  # the words, what the one line on stderr must hold
     ("--certfile nowhere.pem", ["cannot read nowhere.pem"]),
     ("--certfile server.pem --keyfile nowhere.key", ["cannot read nowhere.key"]),
     ("--certfile server.pem --keyfile next.key", ["cannot use server.pem", "the key is that of another certificate"]),
+    ("--certfile server.pem --keyfile rsa.key", ["cannot use server.pem", "the key is that of another certificate"]),
     ("--certfile server.pem", ["cannot use server.pem", "a key"]),
     ("--certfile nothing.pem --keyfile server.key", ["cannot use nothing.pem", "certificate"]),
     ("--certfile server.pem --keyfile nothing.pem", ["server.pem with nothing.pem"]),
@@ -5789,6 +5791,18 @@ def test_gives_up_its_privileges_for_good(public: Any, name: str, gid: Any) -> N
 def test_advises_root_to_give_it_up(tmp_path: Any) -> None:
     with Running(tmp_path, app=RUNS_QUERY) as server:
         assert len([line for line in server.errors().splitlines() if "--user" in line]) == 1
+
+
+@as_root
+@pytest.mark.parametrize("popen", [{}, {"preexec_fn": become_nobody}], ids=["by root", "by anybody"])
+def test_a_check_loads_as_the_user_that_would_serve(public: Any, popen: Any) -> None:
+    import pwd
+
+    folder, argv = public
+    write_file(folder + "/app.py", "import os\nprint('uid', os.getuid())\n" + textwrap.dedent(ANSWERS % "ok"))
+    user = "nobody" if not popen else "root"  # which only root could become, but anybody may check
+    ended = run_command(folder, "--check", "--user", user, "app:app", argv=argv, popen=popen)
+    assert ended.returncode == 0 and "uid %d\n" % pwd.getpwnam("nobody").pw_uid in ended.stdout
 
 
 @as_root

@@ -2021,7 +2021,7 @@ class Parent:
         self.fork_at = 0.0  # when to fork the next child; 0: at once, and no new delay; UNBOUNDED: no fork is due
         self.ahead = 0  # how many requests had been put in when the delay began: it lasts until they are taken
         self.fork_again_at = self.fork_pause = 0.0  # no fork before this; the pause after children that died unused
-        self.tick_at = self.stop_at = 0.0  # when `watch` is due; when listening ends, 0 until a stop is asked for
+        self.tick_at, self.stop_at = time.monotonic(), 0.0  # when `watch` is due; when listening ends, 0 before a stop
         self.grace = options.graceful_timeout  # seconds from `stop_at` on for the requests in hand
         self.is_over = False  # the server has stopped, and the last child is reaped
         self.interrupted: dict[int, tuple[float, float]] = {}  # by slot: the `since` that was interrupted, and when
@@ -2498,7 +2498,7 @@ def make_tls_context(options: Options) -> Any:
             context.load_verify_locations(path)
     except ssl.SSLError as error:
         reason = "a certificate or a key is missing, as PEM, or the key is locked by a pass phrase"
-        if error.reason == "KEY_VALUES_MISMATCH":
+        if error.reason in ("KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):  # the second: one of another kind
             reason = "the key is that of another certificate"
         raise StartError("cannot use %s: %s" % (path, reason)) from None
     except OSError as error:
@@ -2993,7 +2993,7 @@ LEFT_THREAD = "left a thread running, which only this process has, and no child 
 def load_service(load: Callable[[], Application], options: Options) -> partial[bool]:
     """Read certificates, drop privileges, load and warm up the application; return the service; StartError."""
     transport = Transport(options)
-    if options.user and not options.check:
+    if options.user and not (options.check and os.geteuid()):  # anybody may check what root is to start
         drop_privileges(options.user)
     with contain_forks():
         before, application = select.select, transport.wrap(load())
