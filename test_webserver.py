@@ -3595,9 +3595,9 @@ def test_sigusr1_names_the_client_that_is_waited_for_not_the_one_before(tmp_path
 
 def test_advice_is_given_once_where_processes_cost_much(tmp_path: Any) -> None:
     with Running(tmp_path, app=RUNS_QUERY) as server:
-        burn = "end = time.process_time() + 0.025\nwhile time.process_time() < end: pass"
-        for _ in range(webserver.ADVICE_AFTER - 1):
-            server.run(burn)
+        burn = "end = time.process_time() + 0.05\nwhile time.process_time() < end: pass"
+        for code in [""] * webserver.ADVICE_AFTER + [burn] * (webserver.ADVICE_AFTER - 1):
+            server.run(code)
         assert "--warm-up" not in server.errors()
         wait_until(lambda: server.run(burn) and "--warm-up" in server.errors(), "the advice")
         line = server.wait_for_log("--warm-up")
@@ -5165,6 +5165,7 @@ def forward(trusted: str, *fields: str, peer: str = "127.0.0.1") -> Any:
     ("127.0.0.1", ["X-Forwarded-For: 192.0.2.1,"], 400, "an empty hop"),
     ("127.0.0.1", ["X-Forwarded-For: 192.0.2.999"], 400, "an address out of range"),
     ("127.0.0.1", ["X-Forwarded-For: 192.0.2.1:x"], 400, "a port that is none"),
+    ("127.0.0.1", ["X-Forwarded-For: 192.0.2.1:65536"], 400, "a port out of range"),
     ("127.0.0.1", ["X-Forwarded-For: 192.0.2.1 10.0.0.1"], 400, "two without a comma"),
     ("127.0.0.1", ["X-Forwarded-Proto: https"], {"wsgi.url_scheme": "https", "HTTPS": "on", "SERVER_PORT": "443"},
      "https"),
@@ -6103,8 +6104,8 @@ MISTAKES = [  # the words, the exit status, what the one line on stderr must hol
     ("good:number", 1, ["number", "callable"]),
     ("deep.site:none()", 1, ["none", "callable"]),
     ("patched", 1, ["patched the standard library", "gevent"]),
-    ("good.py", 2, ["'good.py'", "write hello:app"]),
-    ("path/to/good.py:app", 2, ["cd to its folder", "write hello:app"]),
+    ("good.py", 2, ["'good.py'", "write good:app"]),
+    ("path/to/good.py:application", 2, ["cd to its folder", "write good:application"]),
     ("my-site:app", 2, ["'my-site:app'", "write hello:app"]),
     ("good.application", 1, ["no module 'good.application'", "write good:application"]),
     ("kinds:coroutine", 1, ["kinds:coroutine is an ASGI application"]),
@@ -6198,9 +6199,11 @@ def test_a_check_needs_no_reader_of_its_output(modules: str) -> None:
 
 
 def test_options_may_come_from_the_environment(modules: str) -> None:
-    words = "--check --access-log json  --limit-request-body 2k"
+    words = "--check --access-log json  --limit-request-body 2k --bind 'unix:a file' --warm-up \"/x?y\""
     ended = run_command(modules, "--access-log", "off", "good", WEBSERVER_OPTIONS=words)
-    assert (ended.returncode, ended.stderr) == (0, "") and "the application loads" in ended.stdout
+    assert ended.returncode == 0 and "the application loads" in ended.stdout and "GET /x?y" in ended.stderr
+    ended = run_command(modules, "good", WEBSERVER_OPTIONS="--bind 'unix:a file")
+    assert ended.returncode == 2 and re.search("WEBSERVER_OPTIONS.*\n$", ended.stderr)
 
 
 @pytest.mark.parametrize("words, value", [("7", 7), ("5k", 5 << 10), ("3M", 3 << 20), ("2G", 2 << 30), ("0", 0)])
@@ -6214,7 +6217,7 @@ def test_a_size_may_have_a_suffix(words: str, value: int) -> None:
 @pytest.mark.parametrize("port", ["99999", "http", "-1"])
 def test_a_bad_port_in_the_environment_is_one_clear_sentence(modules: str, port: str) -> None:
     ended = run_command(modules, "good", PORT=port)
-    assert ended.returncode == 2 and "':%s'" % port in ended.stderr and ended.stderr.count("\n") == 1
+    assert ended.returncode == 2 and "PORT" in ended.stderr and port in ended.stderr and ended.stderr.count("\n") == 1
     assert run_command(modules, "--check", "-b", "127.0.0.1:8000", "good", PORT=port).returncode == 0  # unread
 
 

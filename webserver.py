@@ -2023,6 +2023,7 @@ class Parent:
         self.fork_again_at = self.fork_pause = 0.0  # no fork before this; the pause after children that died unused
         self.tick_at, self.stop_at = time.monotonic(), 0.0  # when `watch` is due; when listening ends, 0 before a stop
         self.grace = options.graceful_timeout  # seconds from `stop_at` on for the requests in hand
+        self.has_advised = False  # what to do about expensive processes was logged
         self.is_over = False  # the server has stopped, and the last child is reaped
         self.interrupted: dict[int, tuple[float, float]] = {}  # by slot: the `since` that was interrupted, and when
         self.totals: dict[str, float] = {"forks": 0, "reaped": 0, "crashes": 0, "timeouts": 0}
@@ -2118,8 +2119,8 @@ class Parent:
         slot = self.board.children.pop(pid)
         self.totals["reaped"] += 1
         self.totals["requests"] += self.board.requests[slot]
-        if self.totals["reaped"] == ADVICE_AFTER:
-            give_advice(self.totals)
+        if self.totals["reaped"] % ADVICE_AFTER == 0 and not self.has_advised:
+            self.has_advised = give_advice(self.totals)
         if status or self.board.since[slot] > 0:  # the application may have called os._exit(0), or an exec function
             self.totals["crashes"] += 1
             log("child %d %s while %s" % (pid, describe_end(status), self.board.describe(slot)))
@@ -2229,13 +2230,14 @@ def describe_end(status: int) -> str:
     return "died of " + names.get(number, "signal %d" % number) if number else "exited with %d" % os.WEXITSTATUS(status)
 
 
-def give_advice(totals: dict[str, float]) -> None:
-    """Log what to do if processes cost much and serve few requests."""
+def give_advice(totals: dict[str, float]) -> bool:
+    """Log what to do if processes cost much and serve few requests; return whether they do."""
     cost = (totals["ms of processor"] + count_processor()) / totals["reaped"]
     requests = totals["requests"] / totals["reaped"]
-    if cost > EXPENSIVE and requests < FEW_REQUESTS:
+    if is_expensive := cost > EXPENSIVE and requests < FEW_REQUESTS:
         advice = "--warm-up PATH loads once for all what first requests load, --connections-per-child N keeps processes"
         log("a process takes %d ms of processor and serves %.1f requests: %s" % (cost, requests, advice))
+    return is_expensive
 
 
 def count_processor() -> float:
@@ -2631,7 +2633,7 @@ def write_name(name: Any) -> str:
 DEFAULT_PORTS = {"http": "80", "https": "443"}
 FORWARDED = ["HTTP_X_FORWARDED_" + name for name in ("FOR", "PROTO", "HOST", "PORT", "PREFIX")]
 # address [ ":" port ]; an IPv6 address with a port is in brackets
-HOP = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?|([0-9.]+)(?::[0-9]{1,5})?|([0-9A-Fa-f:.]+)")
+HOP = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+))(?::([0-9]{1,5}))?|([0-9A-Fa-f:.]+)")
 # a path where an application is mounted: segments without "%", which a server in front might decode
 MOUNT = re.compile(r"(?:/[!\"$&-.0->@-~]+)*/?")
 # PROXY SP ( UNKNOWN / ( TCP4 / TCP6 ) SP source SP destination SP port SP port ) CRLF
@@ -2715,7 +2717,9 @@ class Trust:
         for hop in reversed(hops.split(",")):  # the client can forge all that stands left of its address
             match = HOP.fullmatch(hop.strip(" \t"))
             try:
-                client = parse_ip(match[match.lastindex or 0] if match else "")
+                if not match or int(match[3] or 0) > 65535:
+                    raise ValueError
+                client = parse_ip(match[1] or match[2] or match[4])
                 if not any(client in network for network in self.networks):
                     break
             except ValueError:
@@ -3151,7 +3155,9 @@ def load_application(name: str) -> Application:
     if not name:
         return show_environ
     if module_name.endswith(".py") or not all(part.isidentifier() for part in module_name.split(".")):
-        raise StartError("%r names no module: cd to its folder, and write hello:app for `app` in hello.py" % name, 2)
+        stem = os.path.basename(module_name).partition(".")[0]
+        example = "%s:%s" % (stem, path or "app") if stem.isidentifier() else "hello:app for `app` in hello.py"
+        raise StartError("%r names no module: cd to its folder, and write %s" % (name, example), 2)
     try:
         module = importlib.import_module(module_name)
         path = path if colon else "application" if hasattr(module, "application") else "app"
@@ -3295,8 +3301,8 @@ FOREIGN_OPTIONS = (  # of gunicorn, waitress, uvicorn and others, and what does 
 )  # fmt: skip
 
 
-def parse_command_line(words: list[str]) -> tuple[str, Options]:
-    """Return the name of the application, "" if there is none, and the options; exit with 2 on a mistake."""
+def parse_command_line(words: list[str], preset: str = "") -> tuple[str, Options]:
+    """Return the application's name, or "", and the options, of which some may be preset; exit with 2 on a mistake."""
     parser = argparse.ArgumentParser(
         prog="webserver.py", usage=argparse.SUPPRESS, allow_abbrev=False, description=USAGE, epilog=ENVIRONMENT,
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=80),  # without a width it imports shutil
@@ -3314,6 +3320,13 @@ def parse_command_line(words: list[str]) -> tuple[str, Options]:
             text += " (%(default)s)"
         parser.add_argument(*filter(None, (short, "--" + name.replace("_", "-"))), help=text, **how)
     parser.add_argument("--version", action="version", version=PRODUCT)
+    if preset:
+        import shlex
+
+        try:
+            words = shlex.split(preset) + words
+        except ValueError as error:
+            parser.error("WEBSERVER_OPTIONS: %s" % error)
     found, unknown = parser.parse_known_args(words)
     if unknown:
         word = min(unknown, key=lambda word: word[:1] != "-")  # the first option; another word may be its value
@@ -3345,6 +3358,8 @@ def check_options(options: Options) -> Options:
         if not re.fullmatch(r'(https?:/)?/[!"$-~]*', target):  # visible US-ASCII, and no fragment
             raise StartError("--warm-up is %r: it must be a path, such as /login, or a URL" % target, 2)
     port = os.environ.get("PORT", "")
+    if not (options.bind or (re.fullmatch("[0-9]{0,5}", port) and int(port or 0) < 65536)):
+        raise StartError("PORT in the environment is %r: it must be a number up to 65535" % port, 2)
     options = options._replace(
         bind=options.bind or (":" + port if port else "127.0.0.1:8000"),
         forwarded_allow_ips=options.forwarded_allow_ips or os.environ.get("FORWARDED_ALLOW_IPS", ""),
@@ -3457,7 +3472,7 @@ def run(
 def main() -> NoReturn:
     """Run the command line, and exit."""
     sys.path.insert(0, os.getcwd())
-    name, options = parse_command_line(os.environ.get("WEBSERVER_OPTIONS", "").split() + sys.argv[1:])
+    name, options = parse_command_line(sys.argv[1:], os.environ.get("WEBSERVER_OPTIONS", ""))
     status = 0
     try:
         start(partial(load_application, name), options)
