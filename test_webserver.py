@@ -5851,7 +5851,10 @@ LAZY = """
             except BaseException:
                 pass
         fields = {"/short": [("Content-Length", "99")], "/no": [("Connection", "close")]}.get(path, [])
-        start_response({"/no": "404 Not Found", "/busy": "503 Busy"}.get(path, "200 OK"), fields)
+        status = {"/no": "404 Not Found", "/busy": "503 Busy"}.get(path, "200 OK")
+        if path == "/tls" and (environ["wsgi.url_scheme"], environ.get("HTTPS")) != ("https", "on"):
+            status = "301 Moved Permanently"
+        start_response(status, fields)
         yield b"%s %d" % (environ["HTTP_HOST"].encode(), loaded[0])
         if path == "/large":
             yield b"x" * 10_000_000
@@ -5862,10 +5865,11 @@ LAZY = """
 
 def test_a_warm_up_is_done_once_for_all_processes(tmp_path: Any) -> None:
     """What an application loads at its first request is loaded by the parent, before the first fork."""
-    words = [word for path in ("/large", "/moment", "/no", "http://example.com/x") for word in ("--warm-up", path)]
+    statuses = {"/large": 200, "/moment": 200, "/no": 404, "http://a.example/tls": 301, "https://a.example/tls": 200}
+    words = [word for path in statuses for word in ("--warm-up", path)]
     with Running(tmp_path, *words, app=LAZY) as server:
         log = server.errors()
-        for path, status in (("/large", 200), ("/moment", 200), ("/no", 404), ("http://example.com/x", 200)):
+        for path, status in statuses.items():
             assert re.search(r"warmed up: GET %s %d in \d+ ms" % (path, status), log)
         assert log.index("warmed up") < log.index("serving on") and server.output() == ""
         for _ in range(2):

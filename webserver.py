@@ -3014,10 +3014,17 @@ def load_service(load: Callable[[], Application], options: Options) -> partial[b
 
 def warm_up(application: Application, options: Options, target: str) -> None:
     """Serve a GET of this path or URL to ourselves; StartError if it fails or leaves something open."""
+
+    def served(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        """Call the application with the scheme of the URL: it may only redirect a client that comes without TLS."""
+        if target.startswith("https:"):
+            environ.update({"wsgi.url_scheme": "https", "HTTPS": "on"})
+        return application(environ, start_response)
+
     before, began = find_opened(), time.monotonic()
     sock: Any = WarmUpSocket(REHEARSAL % target.encode())
     with limit_time(options.timeout, "the warm-up", partial(os._exit, 1)):
-        serve_connection(application, options._replace(access_log="off"), sock, ("127.0.0.1", 0), Slot(Scoreboard(1)))
+        serve_connection(served, options._replace(access_log="off"), sock, ("127.0.0.1", 0), Slot(Scoreboard(1)))
     ended = time.monotonic()
     if sock.has_failed or sock.status >= 500:
         reason = "its status is %d, and a traceback, if there is one, stands above" % sock.status
