@@ -4105,6 +4105,15 @@ def test_a_pause_of_all_processes_is_not_blamed_on_the_application(tmp_path: Any
         assert read_answer(client).body == b"in time"
 
 
+def test_a_slow_look_at_the_source_files_suspends_no_deadline(tmp_path: Any) -> None:
+    """As on a slow disk: the parent then comes late to each look at the deadlines."""
+    slow = "import os, time\nlook = os.listdir\n"
+    slow += "os.listdir = lambda path: path == os.getcwd() and time.sleep(1.5) or look(path)\n"
+    app = slow + textwrap.dedent(RUNS_QUERY)
+    with Running(tmp_path, "--reload", "--timeout", "0.5", app=app) as server:
+        assert server.get(make_target("time.sleep(60)")).status == 504
+
+
 def test_the_graceful_timeout_kills_the_rest_and_says_so(tmp_path: Any) -> None:
     with Running(tmp_path, "--graceful-timeout", "1", app=RUNS_QUERY) as server:
         with server.send(HELD, path="/held") as busy:

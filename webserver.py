@@ -326,7 +326,7 @@ class Stream:
     def linger(self) -> None:
         """End our side, then drop what still comes: a close with unread bytes may lose the response (RFC 9112 §9.6)."""
         until = time.monotonic() + LINGER_TIMEOUT
-        with suppress(OSError, ClientSilentError):  # it has gone, or is silent for a second; `Child.on_signal`
+        with suppress(OSError, ClientSilentError):  # the client has gone, or is silent; `Child.on_signal`
             self.sock.shutdown(socket.SHUT_WR)
             while self.slot.mark_silent() < until:
                 is_hasty = self.slot.is_told(STOPPING | PRESSED)  # then drop only what is here already
@@ -1515,7 +1515,7 @@ class Child:
         """Serve connections from the queue, up to --connections-per-child, or until this child is to leave."""
         if not (self.slot.is_told(WANTED) or wait_readable(self.queue.receiver, IDLE_AFTER)):
             # The first write to a page that is shared with the parent copies the page. Done before the first request,
-            # these copies are no part of its time, of which they would be a third. `rehearse` itself finds a request.
+            # these copies are no part of its time, of which they would be a third. In a rehearsal, a request is there.
             rehearse(1)
         while taken := self.receive_connection():
             self.serve(*taken)
@@ -2133,8 +2133,7 @@ class Parent:
 
     def watch(self, now: float) -> None:
         """Do what is due in each TICK, and four times as often during a stop or with --reload."""
-        was_stopped = now > self.tick_at + TICK  # as by `docker pause`: then the children were, too
-        self.tick_at = now + (TICK / 4 if self.stop_at or self.options.reload else TICK)
+        was_paused = now > self.tick_at + TICK  # as by `docker pause`: then the children were, too
         self.cap = self.most  # the system may allow more again
         self.reactor.look_after(now)
         self.queue.look_after()
@@ -2142,8 +2141,10 @@ class Parent:
             self.reload.watch(now)
         elif now >= self.stop_at:
             self.is_over = end_service(now, self.stop_at, self.stop_at + self.grace, self.reactor, self.queue)
-        if not was_stopped:  # else the children have another TICK, to see what has come meanwhile
+        if not was_paused:  # else the children have another TICK, to see what has come meanwhile
             self.totals["timeouts"] += enforce_deadlines(now, self.options.timeout, self.board, self.interrupted)
+        # Only now: the time that all this takes, as for a look at many source files, is no pause.
+        self.tick_at = time.monotonic() + (TICK / 4 if self.stop_at or self.options.reload else TICK)
 
     def stop(self) -> None:
         """Begin a graceful stop; if one has begun, stop at once."""
